@@ -738,18 +738,18 @@ def draw_architecture(vae, cfg):
     steps = [("image", (3, cfg.image_size, cfg.image_size))]
     for name, shape in trace_shapes(vae, cfg):
         if name.endswith("to_logvar"):
-            steps[-1] = ("mu, logvar", shape)  # side by side, the same shape
+            steps[-1] = ("mu,\nlogvar", shape)  # side by side, the same shape
         else:
-            steps.append((name.split(".")[-1].replace("to_", "") if "to_" in name else name.split(".")[0], shape))
+            steps.append((name.split("to_")[1] if "to_" in name else name.split(".")[0] + "\nblock", shape))
     figure, (pipeline, inside) = plt.subplots(2, 1, figsize=(12, 8), height_ratios=[1, 1])
-    colours = {"encoder": "#cfe3f7", "decoder": "#fde2c4", "mu, logvar": "#d8f0d2"}
+    colours = {"encoder\nblock": "#cfe3f7", "decoder\nblock": "#fde2c4", "mu,\nlogvar": "#d8f0d2"}
     for x, (name, (channels, side, _)) in enumerate(steps):
-        height = 0.5 + math.log2(side)
+        height = 1.6 + 0.8 * math.log2(side)
         box = plt.Rectangle((x - 0.38, -height / 2), 0.76, height, fc=colours.get(name, "#eeeeee"), ec="#333333")
         pipeline.add_patch(box)
         size = f"{channels}\n{side}x{side}"
-        pipeline.text(x, 0, size, ha="center", va="center", fontsize=10, rotation=0)
-        pipeline.text(x, -4.1, name.replace(", ", ",\n"), ha="center", va="top", fontsize=10)
+        pipeline.text(x, 0, size, ha="center", va="center", fontsize=10)
+        pipeline.text(x, -4.1, name, ha="center", va="top", fontsize=10)
         if x:
             pipeline.annotate("", (x - 0.38, 0), (x - 0.62, 0), arrowprops={"arrowstyle": "->"})
     pipeline.set(xlim=(-0.6, len(steps) - 0.4), ylim=(-5, 4))
@@ -768,7 +768,7 @@ def draw_architecture(vae, cfg):
 def draw_block(axes, title, block, y):
     """Draw the modules of a ResidualBlock as two rows of boxes that meet in a sum, at height y of the axes."""
     names = {"Conv2d": "conv 3x3\n{0.in_channels} to {0.out_channels}", "BatchNorm2d": "batch norm"}
-    names |= {"LeakyReLU": "LeakyReLU", "AvgPool2d": "average\npool", "Upsample": "nearest\nx {0.scale_factor}"}
+    names |= {"LeakyReLU": "LeakyReLU", "AvgPool2d": "average\npool", "Upsample": "nearest\nx {0.scale_factor:g}"}
     axes.text(-1.5, y - 0.7, title.replace(" ", "\n"), va="center", fontsize=11, weight="bold")
     for path, height, columns in ((block.main, y, range(6)), (block.skip, y - 1.4, (3, 4))):
         columns = list(columns)
@@ -1285,7 +1285,8 @@ def load_candidates(cfg, vae, class_name):
             latents, crc32 = file.get_tensor(f"{class_name}_latents").float(), file.get_tensor(f"{class_name}_crc32")
     except (OSError, SafetensorError) as error:
         raise ReaderError(f"{path}: {error}. Restore it (git checkout -- checkpoints) or provide photographs") from None
-    images = (decode_images(vae, latents) * 255).round().byte()
+    with mixed_precision(device_of(vae)):  # these are only looked at
+        images = (decode_images(vae, latents) * 255).round().byte()
     return Candidates(images, latents, crc32.tolist(), False)
 
 
