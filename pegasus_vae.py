@@ -150,9 +150,12 @@ def read_config(arguments=()):
     try:
         return Config(_cli_parse_args=list(arguments), _cli_exit_on_error=False)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
-        got = [f" (got {e['input']!r})" if e["loc"] else "" for e in error.errors()]
-        raise ReaderError("; ".join(p + g for p, g in zip(problems, got))) from None
+        problems = []
+        for problem in error.errors():
+            text = problem["msg"].removeprefix("Value error, ")
+            field = ".".join(map(str, problem["loc"]))
+            problems.append(f"{field}: {text} (got {problem['input']!r})" if field else text)
+        raise ReaderError("; ".join(problems)) from None
     except SettingsError as error:
         raise ReaderError(f"{error}; --help lists the known flags") from None
 
@@ -1211,7 +1214,7 @@ def watch(vae, history):
         originals = evenly_spread(load_images(cfg, "test"), 8)
         rows = {"held out": originals, "copy": decode_images(vae, encode_mean(vae, originals))}
         alt = f"Eight held-out photographs above their copies after epoch {epoch}"
-        show_rows(rows, "training", alt, f"after epoch {epoch}", update=epoch > 1)
+        show_rows(rows, "training", alt, f"After epoch {epoch}", update=True)
 
 
 # %%
@@ -1223,6 +1226,8 @@ if __name__ == "__main__":
         cfg = cfg.model_copy(update={field: info["recipe"][field] for field in shape})
         print(f"shipped weights: trained on {info['data']}, {info['recipe']['epochs']} epochs, {info['device']}")
     else:
+        originals = evenly_spread(load_images(cfg, "test"), 8)
+        show_rows({"held out": originals}, "training", "Eight held-out photographs", "Before training")
         vae, history = fit(cfg, on_epoch=watch)
     vae.to(device)
 
@@ -1307,7 +1312,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     if find_data(cfg):
-        values = evaluate(vae, test_images)  # (N, 4)
+        values = evaluate(vae, load_images(cfg, "test"))  # (N, 4)
         held_out = {"all of test": values.mean(dim=0).tolist()}
         held_out |= {
             name: evaluate(vae, c.images).mean(dim=0).tolist() for name, c in (("horse", horses), ("bird", birds))
@@ -1608,6 +1613,9 @@ class ImagePicker(widgets.VBox):
         bar = widgets.HBox([*self.buttons.values(), self.sort, self.show], layout=widgets.Layout(flex_flow="row wrap"))
         super().__init__([widgets.HTML(PICKER_STYLE), bar, self.status, self.grid])
         self.refresh()
+
+    def __repr__(self):
+        return f"Picker of {self.group}: open the notebook in Jupyter and run it to click on pictures"
 
     def cell(self, index):
         """Picture and checkbox of a candidate, built on first use."""
@@ -1995,7 +2003,9 @@ if __name__ == "__main__":
     pool_images = torch.cat([horses.images, birds.images])
     pool_latents = torch.cat([horses.latents, birds.latents])
     by_code, _ = nearest(pegasus_mu[eight], pool_latents)
-    name, photographs = ("training", train_images) if find_data(cfg) else ("candidates", pool_images)
+    name, photographs = (
+        ("training", load_images(cfg, "train+unlabeled")) if find_data(cfg) else ("candidates", pool_images)
+    )
     by_pixel, distance = nearest(pegasi[eight], photographs)
     rows = {"pegasus": pegasi[eight], f"{name},\nby pixels": as_float(photographs[by_pixel])}
     rows["candidates,\nby code"] = as_float(pool_images[by_code])
