@@ -17,14 +17,14 @@
 #
 # ![An eight by eight grid of small generated pictures, most of them pale horse-like shapes](checkpoints/pegasus.png)
 #
-# Nobody has photographed a pegasus, so no data set holds one. These 64 pictures were made by a network that has seen
-# only real photographs: horses, birds, ships, frogs. It learned to write each photograph down as 512 numbers and to
-# draw a picture back from such numbers. Between the numbers of a white horse and those of a bird on the wing lie
-# numbers that belong to no photograph, and some of them draw a horse with wings.
+# Nobody has photographed a pegasus, so no data set holds one. These 64 pictures were made by a network that
+# has seen only real photographs: horses, birds, ships, frogs. It learned to write each photograph down as 512
+# numbers and to draw a picture back from such numbers. Between the numbers of a white horse and those of a
+# bird on the wing lie numbers that belong to no photograph, and some of them draw a horse with wings.
 #
-# This notebook builds that network from its first convolution to the winged horse. It follows a short paper, *Using
-# variational autoencoders as generative models*, claim by claim: what the paper says, what we had to choose where it
-# is silent, what we had to correct, and what came out when we measured it. You will
+# This notebook builds that network from its first convolution to the winged horse. It follows a short paper,
+# *Using variational autoencoders as generative models*, claim by claim: what the paper says, what we had to
+# choose where it is silent, what we had to correct, and what came out when we measured it. You will
 #
 # 1. derive the loss of a variational autoencoder (VAE) and check each step of the derivation by code,
 # 2. build a residual encoder and decoder out of one kind of block,
@@ -32,12 +32,14 @@
 # 4. pick white horses and wide-winged birds by clicking on them,
 # 5. mix them into 64 pegasi, choose the best, and judge the batch by numbers.
 #
-# You need to know what a convolution and a gradient are. As it stands, the notebook runs in under a minute on a laptop,
-# without a download: weights, latent codes and hand-made picks come with it. Training anew takes a GPU or patience.
+# You need to know what a convolution and a gradient are. As it stands, the notebook runs in under a minute on
+# a laptop, without a download: weights, latent codes and hand-made picks come with it. Training anew takes a
+# GPU or patience.
 #
-# > **One plain word first.** The paper trained on STL-10. The weights in `checkpoints/` were trained on 60,522 other
-# > photographs in the same three splits (mostly CIFAR-10, which shares nine of STL-10's ten classes, enlarged from
-# > 32x32). The code trains on STL-10 just as well; every number below says which data it was measured on.
+# > **One plain word first.** The paper trained on STL-10. The weights in `checkpoints/` were trained on
+# > 60,522 other photographs in the same three splits (mostly CIFAR-10, which shares nine of STL-10's ten
+# > classes, enlarged from 32x32). The code trains on STL-10 just as well; every number below says which data
+# > it was measured on.
 
 # %% [markdown]
 # ## How to run it
@@ -48,15 +50,15 @@
 # | `smoke` | a tiny data set drawn by the tests | real, a few steps | `pytest` |
 # | `paper` | STL-10, downloaded for you (2.6 GB), or your own image folder | the paper's recipe | a GPU |
 #
-# In Jupyter, set environment variables before you start it: `PEGASUS_MODE=paper jupyter lab`. As a script, the same
-# settings are flags: `python pegasus_vae.py --mode paper --data-dir ~/stl10`. `python pegasus_vae.py --help` lists all.
-# Figures go to `outputs/`.
+# In Jupyter, set environment variables before you start it: `PEGASUS_MODE=paper jupyter lab`. As a script,
+# the same settings are flags: `python pegasus_vae.py --mode paper --data-dir ~/stl10`. `python pegasus_vae.py
+# --help` lists all. Figures go to `outputs/`.
 
 # %% [markdown]
 # ## Tools and settings
 #
-# PyTorch does the mathematics, torchvision fetches STL-10, Pillow reads and resizes pictures, ipywidgets shows the
-# pickers. Everything that the paper is about is written out below.
+# PyTorch does the mathematics, torchvision fetches STL-10, Pillow reads and resizes pictures, ipywidgets
+# shows the pickers. Everything that the paper is about is written out below.
 
 # %%
 import csv
@@ -97,8 +99,8 @@ from torchvision.utils import make_grid, save_image
 from tqdm.auto import tqdm
 
 # %% [markdown]
-# `Config` holds every setting, with the paper's values as defaults. pydantic checks types and ranges, so that a typing
-# mistake is refused at once, in one line, and not discovered after a night of training.
+# `Config` holds every setting, with the paper's values as defaults. pydantic checks types and ranges, so that
+# a typing mistake is refused at once, in one line, and not discovered after a night of training.
 
 
 # %%
@@ -109,31 +111,54 @@ class ReaderError(Exception):
 class Config(BaseSettings):
     """All settings, with the paper's values as defaults.
 
-    Each field can be set by the environment variable PEGASUS_<FIELD> or, when this file runs as a script, by
-    --field value. Raises pydantic.ValidationError for a value out of range and for an unknown PEGASUS_ variable.
+    Each field can be set by the environment variable PEGASUS_<FIELD> or, when this file runs as a script,
+    by --field value. Raises pydantic.ValidationError for a value out of range and for an unknown PEGASUS_
+    variable.
     """
 
     model_config = SettingsConfigDict(env_prefix="PEGASUS_", cli_kebab_case=True, extra="forbid", frozen=True)
 
-    mode: Literal["demo", "smoke", "paper"] = Field("demo", description="demo: shipped weights; paper: train anew")
-    data_dir: Path = Field(Path("data"), description="folder with STL-10, or with train/, unlabeled/ and test/")
+    mode: Literal["demo", "smoke", "paper"] = Field(
+        "demo", description="demo: shipped weights; paper: train anew"
+    )
+    data_dir: Path = Field(
+        Path("data"), description="folder with STL-10, or with train/, unlabeled/ and test/"
+    )
     output_dir: Path = Field(Path("outputs"), description="where figures, your picks and the image cache go")
-    checkpoint_dir: Path = Field(Path("checkpoints"), description="what ships; training runs go to runs/ below it")
-    run_name: str = Field("paper", pattern=r"^[\w-]+$", description="name of a training run, its folder below runs/")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:1")
-    seed: int = Field(0, ge=0, lt=2**31, description="drives initial weights, order of the images and all noise")
-    image_size: int = Field(64, ge=32, le=256, multiple_of=16, description="side of the square images, in pixels")
-    base_channels: int = Field(64, ge=4, le=512, multiple_of=4, description="channels after the first encoder block")
+    checkpoint_dir: Path = Field(
+        Path("checkpoints"), description="what ships; training runs go to runs/ below it"
+    )
+    run_name: str = Field(
+        "paper", pattern=r"^[\w-]+$", description="name of a training run, its folder below runs/"
+    )
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:1"
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="drives initial weights, order of the images and all noise"
+    )
+    image_size: int = Field(
+        64, ge=32, le=256, multiple_of=16, description="side of the square images, in pixels"
+    )
+    base_channels: int = Field(
+        64, ge=4, le=512, multiple_of=4, description="channels after the first encoder block"
+    )
     latent_dim: int = Field(512, ge=2, le=8192, description="how many numbers describe an image")
     blocks_per_stage: int = Field(1, ge=1, le=8, description="residual blocks at each resolution")
     batch_size: int = Field(64, ge=2, le=4096, description="images in a training step")
     epochs: int = Field(100, ge=1, le=10_000, description="passes over the training images")
-    lr: float = Field(4e-4, gt=0, le=1, description="learning rate of the first epoch, annealed linearly to zero")
+    lr: float = Field(
+        4e-4, gt=0, le=1, description="learning rate of the first epoch, annealed linearly to zero"
+    )
     kl_weight: float = Field(0.01, ge=0, le=1000, description="weight of the KL term in the loss")
-    reduction: Literal["mean", "sum"] = Field("mean", description="mean or sum over pixels and over latent numbers")
+    reduction: Literal["mean", "sum"] = Field(
+        "mean", description="mean or sum over pixels and over latent numbers"
+    )
     max_images: int = Field(0, ge=0, description="train on this many images, evenly spread over all (0: all)")
     horse_weight: float = Field(0.6, ge=0, le=1, description="weight of the horse in the interpolation")
-    picks_per_class: int = Field(64, ge=4, le=400, description="images to pick of each class, and pegasi in the batch")
+    picks_per_class: int = Field(
+        64, ge=4, le=400, description="images to pick of each class, and pegasi in the batch"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -141,12 +166,15 @@ class Config(BaseSettings):
         known = {f"PEGASUS_{field.upper()}" for field in cls.model_fields}
         unknown = sorted(name for name in os.environ if name.startswith("PEGASUS_") and name not in known)
         if unknown:
-            raise ValueError(f"unknown environment variable {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+            raise ValueError(
+                f"unknown environment variable {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            )
         return values
 
 
 def read_config(arguments=()):
-    """Settings from the environment and from command-line arguments; ReaderError in one line if any is refused."""
+    """Settings from the environment and from command-line arguments; ReaderError in one line if any is
+    refused."""
     try:
         return Config(_cli_parse_args=list(arguments), _cli_exit_on_error=False)
     except ValidationError as error:
@@ -161,8 +189,8 @@ def read_config(arguments=()):
 
 
 # %% [markdown]
-# The paper names no hardware. `auto` takes an NVIDIA GPU where there is one, then Apple's, then the CPU; the code is the
-# same. The progress bar appears only for what takes longer than two seconds.
+# The paper names no hardware. `auto` takes an NVIDIA GPU where there is one, then Apple's, then the CPU; the
+# code is the same. The progress bar appears only for what takes longer than two seconds.
 
 
 # %%
@@ -185,19 +213,24 @@ if __name__ == "__main__":
     in_notebook = get_ipython() is not None
     if not in_notebook:  # as a script, a problem that the reader can mend is one line, not a traceback
         show_traceback = sys.excepthook
-        sys.excepthook = lambda kind, error, trace: (
-            print(f"error: {error}", file=sys.stderr) if kind is ReaderError else show_traceback(kind, error, trace)
-        )
+
+        def show_error(kind, error, trace):
+            if kind is ReaderError:
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                show_traceback(kind, error, trace)
+
+        sys.excepthook = show_error
     cfg = read_config(() if in_notebook else sys.argv[1:])
     device = find_device(cfg)
     torch.manual_seed(cfg.seed)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"mode {cfg.mode}, seed {cfg.seed}, device {device} ({name})")
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, CUDA {torch.version.cuda or 'none'}")
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, CUDA {torch.version.cuda}")
 
 # %% [markdown]
-# Figures are saved as PNG in `outputs/` and shown here with a text for those who cannot see them. Most of them are rows
-# of small pictures, so one function draws these.
+# Figures are saved as PNG in `outputs/` and shown here with a text for those who cannot see them. Most of
+# them are rows of small pictures, so one function draws these.
 
 
 # %%
@@ -221,7 +254,7 @@ def show_rows(rows, name, alt, title=None, update=False):
 
     rows: {label: (N, 3, H, W)}, uint8 or floats in [0, 1], the same N in each row.
     """
-    strips = [make_grid(as_float(images), nrow=len(images), padding=2, pad_value=1) for images in rows.values()]
+    strips = [make_grid(as_float(row), nrow=len(row), padding=2, pad_value=1) for row in rows.values()]
     canvas = torch.cat(strips, dim=1)  # (3, rows * (H + 4), N * (W + 2) + 2)
     height, width = canvas.shape[1:]
     figure, axes = plt.subplots(figsize=(10, 10 * height / width))
@@ -240,11 +273,18 @@ def as_float(images):
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
+def evenly_spread(images, count):
+    """count of the images, evenly spread over all; all of them where there are no more."""
+    if count >= len(images):
+        return images
+    return images[torch.linspace(0, len(images) - 1, count).round().long()]
+
+
 # %% [markdown]
 # ## The data
 #
-# **Paper.** The whole of STL-10's *train* and *unlabeled* splits, 105,000 photographs, resized to 64x64. Pictures to
-# pick horses and birds from come from the *test* split, which training never sees.
+# **Paper.** The whole of STL-10's *train* and *unlabeled* splits, 105,000 photographs, resized to 64x64.
+# Pictures to pick horses and birds from come from the *test* split, which training never sees.
 #
 # Two layouts of `data_dir` are understood, and told apart by their folders:
 #
@@ -253,8 +293,8 @@ def as_float(images):
 # data/train/<class>/  unlabeled/  test/<class>/     JPEG or PNG files in the same three splits
 # ```
 #
-# In paper mode a missing STL-10 is downloaded. The archive's MD5 is checked before it is unpacked, and unpacking ends
-# with a rename, so that a half-unpacked folder never looks like a whole one.
+# In paper mode a missing STL-10 is downloaded. The archive's MD5 is checked before it is unpacked, and
+# unpacking ends with a rename, so that a half-unpacked folder never looks like a whole one.
 
 
 # %%
@@ -268,10 +308,13 @@ def find_data(cfg):
 
 
 def download_stl10(cfg):
-    """Download STL-10, 2.6 GB, into cfg.data_dir; ReaderError says what to do if there is no room or no network."""
+    """Download STL-10, 2.6 GB, into cfg.data_dir; ReaderError says what to do if there is no room or no
+    network."""
     cfg.data_dir.mkdir(parents=True, exist_ok=True)
     archive = cfg.data_dir / STL10.filename
-    needed = 7.1e9 - (archive.stat().st_size if archive.exists() else 0)  # archive 2.6, unpacked 3.1, cache 1.4 GB
+    needed = 7.1e9  # bytes: archive 2.6, unpacked 3.1, cache 1.4 GB
+    if archive.exists():
+        needed -= archive.stat().st_size
     free = shutil.disk_usage(cfg.data_dir).free
     if free < needed:
         raise ReaderError(
@@ -291,8 +334,9 @@ def download_stl10(cfg):
 
 
 # %% [markdown]
-# STL-10 stores a picture as 3 x 96 x 96 bytes *column by column*, so what looks like height is width; reading it row by
-# row gives pictures lying on their side. An image folder may hold a broken file: it is counted and left out.
+# STL-10 stores a picture as 3 x 96 x 96 bytes *column by column*, so what looks like height is width; reading
+# it row by row gives pictures lying on their side. An image folder may hold a broken file: it is counted and
+# left out.
 
 
 # %%
@@ -300,11 +344,13 @@ STL10_PICTURE = 3 * 96 * 96  # bytes
 
 
 def split_files(cfg, split):
-    """The files that make up a split such as "test" or "train+unlabeled", in the order in which they are read."""
+    """The files that make up a split such as "test" or "train+unlabeled", in the order in which they are
+    read."""
     parts = split.split("+")
     if find_data(cfg) == "stl10":
-        names = [f"{part}_{kind}.bin" for part in parts for kind in "Xy" if (part, kind) != ("unlabeled", "y")]
-        files = [cfg.data_dir / "stl10_binary" / name for name in [*names, "class_names.txt"]]
+        pixels = [f"{part}_X.bin" for part in parts]
+        labels = [f"{part}_y.bin" for part in parts if part != "unlabeled"]
+        files = [cfg.data_dir / "stl10_binary" / name for name in [*pixels, *labels, "class_names.txt"]]
     else:
         folders = [cfg.data_dir / part for part in parts]
         files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
@@ -326,15 +372,20 @@ def stl10_pictures(folder, part):
         )
     pictures = np.memmap(file, np.uint8, mode="r").reshape(-1, 3, 96, 96)  # (N, channel, column, row)
     classes = ["", *(folder / "class_names.txt").read_text().split()]  # labels count from 1
-    labels = np.zeros(len(pictures), int) if part == "unlabeled" else np.fromfile(folder / f"{part}_y.bin", np.uint8)
+    labels = np.zeros(len(pictures), np.uint8)
+    if part != "unlabeled":
+        labels = np.fromfile(folder / f"{part}_y.bin", np.uint8)
     if len(labels) != len(pictures):
-        raise ReaderError(f"{file} holds {len(pictures)} images for {len(labels)} labels: unpack STL-10 again")
+        raise ReaderError(
+            f"{file} holds {len(pictures)} images for {len(labels)} labels: unpack STL-10 again"
+        )
     for picture, label in zip(pictures, labels):
         yield classes[label], Image.fromarray(picture.transpose(2, 1, 0))  # (row, column, channel)
 
 
 def folder_pictures(files):
-    """Yield (class name, PIL image) for each file of an image folder; the image is None if it cannot be read."""
+    """Yield (class name, PIL image) for each file of an image folder; the image is None if it cannot be
+    read."""
     for file in files:
         label = "" if file.parent.name == "unlabeled" else file.parent.name
         try:
@@ -345,23 +396,24 @@ def folder_pictures(files):
 
 
 # %% [markdown]
-# Decoding 60,000 JPEG files takes 25 seconds on two cores; doing it in every epoch would take longer than a GPU needs to train. So the
-# images are made once into one file of bytes, `(N, 3, 64, 64)`, which later starts map into memory instead of reading.
-# The file's name contains a digest of the source files' names, sizes and times: change one picture and the cache is
-# made again. The folder gets its final name only when complete.
+# Decoding 60,000 JPEG files takes 25 seconds on two cores; doing it in every epoch would take longer than a
+# GPU needs to train. So the images are made once into one file of bytes, `(N, 3, 64, 64)`, which later starts
+# map into memory instead of reading. The file's name contains a digest of the source files' names, sizes and
+# times: change one picture and the cache is made again. The folder gets its final name only when complete.
 #
-# > Choice: Pillow's bilinear resize, which is what `transforms.Resize(64)` does, after a centre crop if the picture is
-# > not square. Why: it works in integers, so every machine gets the same bytes, and a pick can be recognised by its
-# > checksum.
+# > Choice: Pillow's bilinear resize, which is what `transforms.Resize(64)` does, after a centre crop if the
+# > picture is not square. Why: it works in integers, so every machine gets the same bytes, and a pick can be
+# > recognised by its checksum.
 
 
 # %%
 def load_images(cfg, split, class_name=None):
-    """The images of a split at cfg.image_size, from a memory-mapped cache that is made when it is missing or stale.
+    """The images of a split at cfg.image_size, from a memory-mapped cache that is made when it is missing
+    or stale.
 
-    split: "train", "unlabeled", "test", or parts joined by "+". class_name: only this class.
-    Returns uint8 (N, 3, image_size, image_size). Raises ReaderError where there are no images or no such class.
-    Paper, section 1.5.
+    split: "train", "unlabeled", "test", or parts joined by "+". class_name: only this class. Returns uint8
+    (N, 3, image_size, image_size). Raises ReaderError where there are no images or no such class. Paper,
+    section 1.5.
     """
     if find_data(cfg) is None:
         raise ReaderError(
@@ -369,7 +421,8 @@ def load_images(cfg, split, class_name=None):
             "test/<class>/, or name another folder with PEGASUS_DATA_DIR"
         )
     files = split_files(cfg, split)
-    stamps = [[str(file.relative_to(cfg.data_dir)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    states = [(file, file.stat()) for file in files]
+    stamps = [(str(file.relative_to(cfg.data_dir)), s.st_size, s.st_mtime_ns) for file, s in states]
     digest = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
     cache = cfg.output_dir / "cache" / f"{split}-{cfg.image_size}-{digest}"
     labels = read_cache_labels(cache, cfg.image_size)
@@ -382,12 +435,14 @@ def load_images(cfg, split, class_name=None):
     if class_name is None:
         return images
     if class_name not in labels:
-        raise ReaderError(f"no class {class_name!r} in {split} of {cfg.data_dir}: it has {sorted(set(labels) - {''})}")
+        classes = ", ".join(sorted(set(labels) - {""}))
+        raise ReaderError(f"no class {class_name!r} in {split} of {cfg.data_dir}, which has {classes}")
     return images[torch.tensor([label == class_name for label in labels])]
 
 
 def read_cache_labels(cache, image_size):
-    """Class names of the images in a cache, or None if the cache is missing, torn, or was changed after it was made."""
+    """Class names of the images in a cache, or None if the cache is missing, torn, or was changed after it
+    was made."""
     try:
         index = json.loads((cache / "index.json").read_text())
         found = (cache / "images.bin").stat()
@@ -399,28 +454,33 @@ def read_cache_labels(cache, image_size):
 
 # %%
 def build_cache(cfg, split, files, cache):
-    """Write images.bin and index.json into the folder cache, one picture at a time; ReaderError if none is readable."""
+    """Write images.bin and index.json into the folder cache, one picture at a time; ReaderError if none is
+    readable."""
     if find_data(cfg) == "stl10":
-        parts = split.split("+")
-        total = sum((cfg.data_dir / "stl10_binary" / f"{part}_X.bin").stat().st_size for part in parts) // STL10_PICTURE
-        pictures = (pair for part in parts for pair in stl10_pictures(cfg.data_dir / "stl10_binary", part))
+        folder, parts = cfg.data_dir / "stl10_binary", split.split("+")
+        total = sum((folder / f"{part}_X.bin").stat().st_size for part in parts) // STL10_PICTURE
+        pictures = (pair for part in parts for pair in stl10_pictures(folder, part))
     else:
         total, pictures = len(files), folder_pictures(files)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache.parent, prefix="making-", ignore_cleanup_errors=True) as temporary:
-        images, index, labels, unreadable = Path(temporary) / "images.bin", Path(temporary) / "index.json", [], []
+    making = tempfile.TemporaryDirectory(dir=cache.parent, prefix="making-", ignore_cleanup_errors=True)
+    with making as temporary:
+        images, index = Path(temporary) / "images.bin", Path(temporary) / "index.json"
+        labels, unreadable = [], []
         with open(images, "wb") as out:
-            for position, (label, picture) in enumerate(progress(pictures, f"reading {split} images", total)):
+            bar = progress(pictures, f"reading {split} images", total)
+            for position, (label, picture) in enumerate(bar):
                 if picture is None:
                     unreadable.append(files[position].name)
                     continue
-                picture = ImageOps.fit(picture, (cfg.image_size, cfg.image_size), Image.Resampling.BILINEAR)
+                picture = ImageOps.fit(picture, (cfg.image_size,) * 2, Image.Resampling.BILINEAR)
                 out.write(np.asarray(picture).transpose(2, 0, 1).tobytes())  # (3, image_size, image_size)
                 labels.append(label)
             out.flush()
             os.fsync(out.fileno())
         if unreadable:
-            print(f"{len(unreadable)} of {total} {split} images cannot be read and are left out: {unreadable[:3]} ...")
+            names = ", ".join(unreadable[:5]) + (" ..." if len(unreadable) > 5 else "")
+            print(f"{len(unreadable)} of {total} {split} images cannot be read and are left out: {names}")
         if not labels:
             raise ReaderError(f"none of the {total} files of {split} in {cfg.data_dir} is a readable image")
         index.write_text(json.dumps({"labels": labels, "written": images.stat().st_mtime_ns}))
@@ -436,67 +496,69 @@ if __name__ == "__main__":
         download_stl10(cfg)
     if find_data(cfg):
         train_images = load_images(cfg, "train+unlabeled")  # (N, 3, 64, 64) uint8
-        test_images = load_images(cfg, "test")
-        print(
-            f"training images {tuple(train_images.shape)}, held-out images {tuple(test_images.shape)}, {train_images.dtype}"
-        )
-        sample = train_images[:: len(train_images) // 32][:32]
-        alt = "Two rows of sixteen small photographs: animals, vehicles, and unlabeled pictures of many kinds"
-        show_rows(
-            {"train +": sample[:16], "unlabeled": sample[16:]}, "data", alt, "Training images, as the network sees them"
-        )
+        counts = f"{len(train_images)} training images, {len(load_images(cfg, 'test'))} held out"
+        print(f"{counts}, each {tuple(train_images.shape[1:])} {train_images.dtype}")
+        sample = evenly_spread(train_images, 32)
+        alt = "Two rows of sixteen small photographs: animals, vehicles, and pictures of many other kinds"
+        rows = {"train +": sample[:16], "unlabeled": sample[16:]}
+        show_rows(rows, "data", alt, "Training images, as the network sees them")
     else:
-        print(f"no images in {cfg.data_dir}/: shipped latent codes are used, and the decoder draws what is not here")
+        print(f"no images in {cfg.data_dir}: the shipped codes are used, drawn by the decoder")
 
 # %% [markdown]
-# Evenly spread samples of the training images, resized to 64x64. They should look like photographs the right way up: a
-# sideways horse would mean rows and columns were exchanged, odd colours that the channels were. Most of
-# them are soft because they were 32 pixels wide; the decoder cannot learn detail that its teachers do not have.
+# Evenly spread samples of the training images, resized to 64x64. They should look like photographs the right
+# way up: a sideways horse would mean rows and columns were exchanged, odd colours that the channels were.
+# Most of them are soft because they were 32 pixels wide; the decoder cannot learn detail that its teachers do
+# not have.
 
 # %% [markdown]
 # ## Autoencoders
 #
-# An autoencoder squeezes a picture $x$ through a bottleneck and unsqueezes it again. The encoder $E$ turns $x$ into a
-# short vector, its *latent code* $z = E(x)$; the decoder $D$ turns the code back into a picture, $D(z) = D(E(x))$. Both
-# are trained together so that the copy resembles the original,
+# An autoencoder squeezes a picture $x$ through a bottleneck and unsqueezes it again. The encoder $E$ turns
+# $x$ into a short vector, its *latent code* $z = E(x)$; the decoder $D$ turns the code back into a picture,
+# $D(z) = D(E(x))$. Both are trained together so that the copy resembles the original,
 #
 # $$\mathcal L_\text{AE} = \mathbb E_{x \sim p_\text{data}} \big[\, \ell(x, D(E(x))) \,\big]. \tag{1}$$
 #
-# Our picture has 3 x 64 x 64 = 12,288 numbers and its code 512, one for every 24. What the decoder cannot guess from
-# those, it averages over: that is where the blur of such models comes from.
+# Our picture has 3 x 64 x 64 = 12,288 numbers and its code 512, one for every 24. What the decoder cannot
+# guess from those, it averages over: that is where the blur of such models comes from.
 #
-# > **Correction.** The paper's section 1.1 calls the reconstruction $E(D(x))$. A picture must be encoded before its code
-# > can be decoded, so it is $D(E(x))$.
+# > **Correction.** The paper's section 1.1 calls the reconstruction $E(D(x))$. A picture must be encoded
+# > before its code can be decoded, so it is $D(E(x))$.
 #
-# An autoencoder stores; it does not invent. Nothing in (1) says *where* the codes lie, and between the codes of two
-# pictures there may be nothing but noise. To mix a horse with a bird we need that the space in between means something.
+# An autoencoder stores; it does not invent. Nothing in (1) says *where* the codes lie, and between the codes
+# of two pictures there may be nothing but noise. To mix a horse with a bird we need that the space in between
+# means something.
 
 # %% [markdown]
 # ## Variational autoencoders
 #
-# Ask for more: the codes of all pictures together shall look like draws from a standard normal distribution, the
-# *prior* $p(z) = \mathcal N(0, I)$. Then every point near the origin is the code of something plausible. Now the
-# encoder answers with a whole distribution, the *approximate posterior* $q(z \mid x)$: "this picture's code is near
-# $\mu$, give or take $\sigma$". Any such $q$ gives a lower bound on how probable the model finds the picture,
+# Ask for more: the codes of all pictures together shall look like draws from a standard normal distribution,
+# the *prior* $p(z) = \mathcal N(0, I)$. Then every point near the origin is the code of something plausible.
+# Now the encoder answers with a whole distribution, the *approximate posterior* $q(z \mid x)$: "this
+# picture's code is near $\mu$, give or take $\sigma$". Any such $q$ gives a lower bound on how probable the
+# model finds the picture,
 #
 # $$\log p(x) \;\ge\; \mathbb E_{q(z \mid x)} \big[ \log p(x \mid z) \big] - D_\text{KL}\big( q(z \mid x) \,\|\, p(z) \big),$$
 #
-# the *evidence lower bound* (ELBO) [5]. Its first term rewards good copies. The second is the price of information: the
-# Kullback-Leibler divergence
+# the *evidence lower bound* (ELBO) [5]. Its first term rewards good copies. The second is the price of
+# information: the Kullback-Leibler divergence
 #
 # $$D_\text{KL}(q \,\|\, p) = \int q(z) \log \frac{q(z)}{p(z)} \, dz \tag{2}$$
 #
 # is zero if the encoder says nothing about the picture, and grows with every bit that it says.
 #
-# > **Correction.** The paper's (2) is $D_\text{KL}(p \,\|\, q)$ and its (3) is $D_\text{KL}(q \,\|\, p)$. They differ,
-# > and the bound above needs the second: from the posterior $q$ to the prior $p$, averaged over $q$.
+# > **Correction.** The paper's (2) is $D_\text{KL}(p \,\|\, q)$ and its (3) is $D_\text{KL}(q \,\|\, p)$.
+# > They differ, and the bound above needs the second: from the posterior $q$ to the prior $p$, averaged over
+# > $q$.
 
 # %% [markdown]
 # ### Sampling without losing the gradient
 #
-# For each picture the encoder predicts a Gaussian, $q(z \mid x) = \mathcal N(\mu, \operatorname{diag} \sigma^2)$, by two
-# vectors: $\mu$ and $\log \sigma^2$ (the logarithm may be any number, so that the network cannot predict a negative
-# variance). A draw has no derivative. So draw standard noise first, then stretch and shift it:
+# For each picture the encoder predicts a Gaussian, $q(z \mid x) = \mathcal N(\mu, \operatorname{diag}
+# \sigma^2)$, by two vectors: $\mu$ and $\log \sigma^2$ (the logarithm may be any number, so that the network
+# cannot predict a negative variance). A draw has no derivative. So draw standard noise first, then stretch
+# and shift it:
 #
 # $$z = \mu + \sigma \odot \epsilon, \qquad \epsilon \sim \mathcal N(0, I).$$
 
@@ -523,16 +585,16 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### The divergence in closed form
 #
-# For two Gaussians the integral (2) can be solved. In one dimension
-# $\log q(z) - \log p(z) = -\tfrac12 \log \sigma^2 - \tfrac{(z - \mu)^2}{2 \sigma^2} + \tfrac{z^2}{2}$. Averaged over
-# $z \sim q$, the middle term is $-\tfrac12$ and the last is $\tfrac12(\mu^2 + \sigma^2)$. The latent numbers are
-# independent, so their divergences add up:
+# For two Gaussians the integral (2) can be solved. In one dimension $\log q(z) - \log p(z) = -\tfrac12 \log
+# \sigma^2 - \tfrac{(z - \mu)^2}{2 \sigma^2} + \tfrac{z^2}{2}$. Averaged over $z \sim q$, the middle term is
+# $-\tfrac12$ and the last is $\tfrac12(\mu^2 + \sigma^2)$. The latent numbers are independent, so their
+# divergences add up:
 #
 # $$D_\text{KL} = \mathbb E_q[\log q - \log p] = -\frac12 \sum_j \big( 1 + \log \sigma_j^2 - \mu_j^2 - \sigma_j^2 \big). \tag{3, 4}$$
 #
-# > **Correction.** The paper's (4) reads $-\tfrac12 \Sigma(\exp(\Sigma z) + 1 - \mu^2(z) - \Sigma(z))$: the signs of
-# > $\sigma^2$ and $\log \sigma^2$ are exchanged. Minimising that would drive the variance up without end. The cell below
-# > shows it negative where the divergence must be zero.
+# > **Correction.** The paper's (4) reads $-\tfrac12 \Sigma(\exp(\Sigma z) + 1 - \mu^2(z) - \Sigma(z))$: the
+# > signs of $\sigma^2$ and $\log \sigma^2$ are exchanged. Minimising that would drive the variance up without
+# > end. The cell below shows it negative where the divergence must be zero.
 
 
 # %%
@@ -551,25 +613,29 @@ if __name__ == "__main__":
     posterior = torch.distributions.Normal(mu, torch.exp(0.5 * logvar))
     prior = torch.distributions.Normal(0.0, 1.0)
     z = posterior.sample((200_000,))  # (200000, 4, 8)
-    drawn = (posterior.log_prob(z) - prior.log_prob(z)).sum(dim=2).mean(dim=0)  # (4,) equation (3), by averaging
-    printed = -0.5 * (logvar.exp() + 1 - mu**2 - logvar).sum(dim=1)  # the paper's equation (4), as printed
+    log_ratio = (posterior.log_prob(z) - prior.log_prob(z)).sum(dim=2)  # (200000, 4) log q - log p
+    drawn = log_ratio.mean(dim=0)  # (4,) equation (3) by averaging
+    printed = -0.5 * (logvar.exp() + 1 - mu**2 - logvar).sum(dim=1)  # (4,) the paper's equation (4)
     for row in zip(closed, drawn, printed):
         print("closed form {:6.2f}   Monte Carlo {:6.2f}   as printed {:6.2f}".format(*row))
     assert torch.allclose(closed, drawn, rtol=0.01), "closed form and Monte Carlo must agree"
     assert (closed >= 0).all() and kl_divergence(torch.zeros(1, 8), torch.zeros(1, 8)) == 0
     same = torch.zeros(8)  # q equal to the prior: the true divergence is 0
-    print(f"q = p: as printed {-0.5 * (same.exp() + 1 - same**2 - same).sum():.0f}, which no divergence can be")
+    printed = -0.5 * (same.exp() + 1 - same**2 - same).sum()
+    print(f"q = p: as printed {printed:.0f}, which no divergence can be")
 
 # %% [markdown]
 # ## The network
 #
-# **Paper.** No dropout [1] but batch normalisation [2], which keeps the activations in range and so allows a larger learning rate.
-# Residual connections [3]: each residual *effectively skips one convolution, two batch norms and one
-# non-linearity*. Encoder and decoder are two classes, made of encoder blocks and decoder blocks; the decoder enlarges by nearest neighbour.
+# **Paper.** No dropout [1] but batch normalisation [2], which keeps the activations in range and so allows a
+# larger learning rate. Residual connections [3]: each residual *effectively skips one convolution, two batch
+# norms and one non-linearity*. Encoder and decoder are two classes, made of encoder blocks and decoder
+# blocks; the decoder enlarges by nearest neighbour.
 #
-# > Choice: two convolutions and the resize on the main path, the resize and one convolution on the shortcut. Why: the
-# > block's drawing is lost, and this is the block whose paths differ by just what the sentence lists. The shortcut needs
-# > its convolution because the number of channels changes. Activation: LeakyReLU with slope 0.2, which never dies.
+# > Choice: two convolutions and the resize on the main path, the resize and one convolution on the shortcut.
+# > Why: the block's drawing is lost, and this is the block whose paths differ by just what the sentence
+# > lists. The shortcut needs its convolution because the number of channels changes. Activation: LeakyReLU
+# > with slope 0.2, which never dies.
 
 
 # %%
@@ -596,7 +662,8 @@ class ResidualBlock(nn.Module):
 
 
 class EncoderBlock(ResidualBlock):
-    """(N, in_channels, H, W) -> (N, out_channels, H / scale, W / scale), by average pooling. Paper, section 1.4."""
+    """(N, in_channels, H, W) -> (N, out_channels, H / scale, W / scale), by average pooling. Paper, section
+    1.4."""
 
     def __init__(self, in_channels, out_channels, scale=2):
         super().__init__(in_channels, out_channels, nn.AvgPool2d(scale))
@@ -604,16 +671,19 @@ class EncoderBlock(ResidualBlock):
 
 # %%
 if __name__ == "__main__":
-    print("encoder block", tuple(EncoderBlock(3, 64)(torch.zeros(8, 3, 64, 64)).shape), "from (8, 3, 64, 64)")
+    x = torch.zeros(8, 3, 64, 64)
+    print("encoder block", tuple(x.shape), "->", tuple(EncoderBlock(3, 64)(x).shape))
 
 # %% [markdown]
-# The decoder block is its mirror image. Nearest-neighbour enlarging makes each pixel a small square, and the convolution
-# behind it smooths the edges. Against the transposed convolution it has the advantage that it leaves no checkerboard.
+# The decoder block is its mirror image. Nearest-neighbour enlarging makes each pixel a small square, and the
+# convolution behind it smooths the edges. Against the transposed convolution it has the advantage that it
+# leaves no checkerboard.
 
 
 # %%
 class DecoderBlock(ResidualBlock):
-    """(N, in_channels, H, W) -> (N, out_channels, H * scale, W * scale), by nearest neighbour. Paper, section 1.4."""
+    """(N, in_channels, H, W) -> (N, out_channels, H * scale, W * scale), by nearest neighbour. Paper,
+    section 1.4."""
 
     def __init__(self, in_channels, out_channels, scale=2):
         super().__init__(in_channels, out_channels, nn.Upsample(scale_factor=scale, mode="nearest"))
@@ -621,14 +691,16 @@ class DecoderBlock(ResidualBlock):
 
 # %%
 if __name__ == "__main__":
-    print("decoder block", tuple(DecoderBlock(128, 64)(torch.zeros(8, 128, 16, 16)).shape), "from (8, 128, 16, 16)")
+    x = torch.zeros(8, 128, 16, 16)
+    print("decoder block", tuple(x.shape), "->", tuple(DecoderBlock(128, 64)(x).shape))
 
 # %% [markdown]
 # ### Encoder
 #
-# Four stages halve the picture from 64 to 4 and widen it from 3 to 512 channels. Then two convolutions as large as what
-# is left, 4x4, look at everything at once and give 512 means and 512 log-variances. With `blocks_per_stage` above 1
-# (the deeper network that the paper's section 3 suggests) further blocks that do not resize follow in each stage.
+# Four stages halve the picture from 64 to 4 and widen it from 3 to 512 channels. Then two convolutions as
+# large as what is left, 4x4, look at everything at once and give 512 means and 512 log-variances. With
+# `blocks_per_stage` above 1 (the deeper network that the paper's section 3 suggests) further blocks that do
+# not resize follow in each stage.
 
 
 # %%
@@ -653,15 +725,16 @@ class Encoder(nn.Module):
 
 # %%
 if __name__ == "__main__":
-    mu, logvar = Encoder(cfg)(torch.zeros(2, 3, cfg.image_size, cfg.image_size))
-    print("encoder", tuple(mu.shape), tuple(logvar.shape))
+    x = torch.zeros(2, 3, cfg.image_size, cfg.image_size)
+    mu, logvar = Encoder(cfg)(x)
+    print("encoder", tuple(x.shape), "->", tuple(mu.shape), "and", tuple(logvar.shape))
 
 # %% [markdown]
 # ### Decoder
 #
-# The code enters as a single pixel with 512 channels. The first block spreads it over 4x4 pixels, four more double the side
-# to 64. The last convolution gives three *logits* a pixel, real numbers that the sigmoid turns into brightness
-# in [0, 1]; the loss wants the logits themselves.
+# The code enters as a single pixel with 512 channels. The first block spreads it over 4x4 pixels, four more
+# double the side to 64. The last convolution gives three *logits* a pixel, real numbers that the sigmoid
+# turns into brightness in [0, 1]; the loss wants the logits themselves.
 
 
 # %%
@@ -684,7 +757,8 @@ class Decoder(nn.Module):
 
 # %%
 if __name__ == "__main__":
-    print("decoder", tuple(Decoder(cfg)(torch.zeros(2, cfg.latent_dim)).shape))
+    z = torch.zeros(2, cfg.latent_dim)
+    print("decoder", tuple(z.shape), "->", tuple(Decoder(cfg)(z).shape))
 
 # %% [markdown]
 # ### The whole, and its picture
@@ -692,7 +766,8 @@ if __name__ == "__main__":
 
 # %%
 class VAE(nn.Module):
-    """Encoder, a draw from the posterior, decoder. forward(images) -> (logits, mu, logvar). Paper, section 1.4."""
+    """Encoder, a draw from the posterior, decoder. forward(images) -> (logits, mu, logvar). Paper, section
+    1.4."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -709,25 +784,30 @@ class VAE(nn.Module):
 if __name__ == "__main__":
     vae = VAE(cfg)
     parameters = sum(p.numel() for p in vae.parameters())
-    share = {name: sum(p.numel() for p in part.parameters()) for name, part in vae.named_children()}
-    print(f"{parameters:,} parameters:", ", ".join(f"{name} {count:,}" for name, count in share.items()))
-    paper_size = (cfg.image_size, cfg.base_channels, cfg.latent_dim, cfg.blocks_per_stage) == (64, 64, 512, 1)
-    assert parameters == 19_753_331 or not paper_size
+    in_encoder = sum(p.numel() for p in vae.encoder.parameters())
+    print(f"{parameters:,} parameters, {in_encoder:,} of them in the encoder")
+    size = (cfg.image_size, cfg.base_channels, cfg.latent_dim, cfg.blocks_per_stage)
+    assert parameters == 19_753_331 or size != (64, 64, 512, 1)
 
 # %% [markdown]
-# The drawing below is made from the model itself: a picture is sent through, each part reports the shape of what it
-# passes on, and the parts of one block are read off its modules. If you change the network, the drawing changes.
+# The drawing below is made from the model itself: a picture is sent through, each part reports the shape of
+# what it passes on, and the parts of one block are read off its modules. If you change the network, the
+# drawing changes.
 
 
 # %%
 def trace_shapes(vae, cfg):
-    """Send one picture through vae; returns [(part, (channels, height, width))] in the order of computation."""
+    """Send one picture through vae; returns [(part, (channels, height, width))] in the order of
+    computation."""
     shapes, hooks = [], []
     for name, part in vae.named_modules():
-        if isinstance(part, (ResidualBlock, nn.Conv2d)) and not (".main." in name or ".skip." in name):
-            hooks.append(
-                part.register_forward_hook(lambda _, __, out, name=name: shapes.append((name, tuple(out.shape[1:]))))
-            )
+        inside_block = ".main." in name or ".skip." in name
+        if isinstance(part, (ResidualBlock, nn.Conv2d)) and not inside_block:
+
+            def record(part, inputs, output, name=name):
+                shapes.append((name, tuple(output.shape[1:])))
+
+            hooks.append(part.register_forward_hook(record))
     with inference(vae):
         vae(torch.zeros(1, 3, cfg.image_size, cfg.image_size, device=device_of(vae)))
     for hook in hooks:
@@ -736,61 +816,60 @@ def trace_shapes(vae, cfg):
 
 
 # %%
+BOX = {"ha": "center", "va": "center", "fontsize": 10, "bbox": {"boxstyle": "round", "fc": "white"}}
+
+
+def draw_block(axes, title, block, y):
+    """Draw the modules of a ResidualBlock as two rows of boxes that meet in a sum, at height y of axes."""
+    names = {"Conv2d": "conv 3x3\n{0.in_channels} to {0.out_channels}", "BatchNorm2d": "batch norm"}
+    names |= {"LeakyReLU": "LeakyReLU", "AvgPool2d": "average\npool"}
+    names |= {"Upsample": "nearest\nx {0.scale_factor:g}"}
+    axes.text(-1.5, y - 0.7, title.replace(" ", "\n"), va="center", fontsize=11, weight="bold")
+    for path, height, columns in ((block.main, y, [0, 1, 2, 3, 4, 5]), (block.skip, y - 1.4, [3, 4])):
+        for x, module in zip(columns, path):
+            axes.text(x, height, names[type(module).__name__].format(module), **BOX)
+        heights = [y - 0.7, *[height] * len(columns), y - 0.7]
+        axes.plot([-0.6, *columns, 6.4], heights, color="#777777", zorder=0)
+    axes.plot([6.5, 8.4], [y - 0.7] * 2, color="#777777", zorder=0)
+    axes.text(6.5, y - 0.7, "+", **BOX | {"bbox": {"boxstyle": "circle", "fc": "white"}})
+    axes.text(7.6, y - 0.7, "LeakyReLU", **BOX)
+
+
 def draw_architecture(vae, cfg):
-    """Figure: the pipeline with traced shapes above, one encoder block and one decoder block opened up below."""
+    """Figure: the pipeline with traced shapes above, one encoder block and one decoder block opened up
+    below."""
     steps = [("image", (3, cfg.image_size, cfg.image_size))]
     for name, shape in trace_shapes(vae, cfg):
-        if name.endswith("to_logvar"):
-            steps[-1] = ("mu,\nlogvar", shape)  # side by side, the same shape
-        else:
-            steps.append((name.split("to_")[1] if "to_" in name else name.split(".")[0] + "\nblock", shape))
-    figure, (pipeline, inside) = plt.subplots(2, 1, figsize=(12, 8), height_ratios=[1, 1])
-    colours = {"encoder\nblock": "#cfe3f7", "decoder\nblock": "#fde2c4", "mu,\nlogvar": "#d8f0d2"}
+        whole, _, last = name.partition(".to_")
+        steps.append((last or whole.split(".")[0] + "\nblock", shape))
+    colours = {"encoder\nblock": "#cfe3f7", "decoder\nblock": "#fde2c4", "mu": "#d8f0d2", "logvar": "#d8f0d2"}
+    figure, (pipeline, inside) = plt.subplots(2, 1, figsize=(12, 8))
     for x, (name, (channels, side, _)) in enumerate(steps):
         height = 1.6 + 0.8 * math.log2(side)
-        box = plt.Rectangle((x - 0.38, -height / 2), 0.76, height, fc=colours.get(name, "#eeeeee"), ec="#333333")
-        pipeline.add_patch(box)
-        size = f"{channels}\n{side}x{side}"
-        pipeline.text(x, 0, size, ha="center", va="center", fontsize=10)
+        colour = colours.get(name, "#eeeeee")
+        pipeline.add_patch(plt.Rectangle((x - 0.38, -height / 2), 0.76, height, fc=colour, ec="#333333"))
+        pipeline.text(x, 0, f"{channels}\n{side}x{side}", ha="center", va="center", fontsize=10)
         pipeline.text(x, -4.1, name, ha="center", va="top", fontsize=10)
-        if x:
+        if x and name != "logvar":
             pipeline.annotate("", (x - 0.38, 0), (x - 0.62, 0), arrowprops={"arrowstyle": "->"})
     pipeline.set(xlim=(-0.6, len(steps) - 0.4), ylim=(-5, 4))
-    pipeline.set_title("From picture to code to picture: channels, and height x width, after each part", fontsize=12)
-    blocks = {"encoder block": vae.encoder.stages[0], "decoder block": vae.decoder.stages[-1]}
-    for row, (title, block) in enumerate(blocks.items()):
-        draw_block(inside, title, block, y=-3.2 * row)
+    pipeline.set_title(
+        "From picture to code to picture: channels and height x width of what each part passes on"
+    )
+    draw_block(inside, "encoder block", vae.encoder.stages[0], y=0)
+    draw_block(inside, "decoder block", vae.decoder.stages[-1], y=-3.2)
     inside.set(xlim=(-1.6, 9), ylim=(-5.2, 1.2))
-    inside.set_title("The inside of a block: main path above, shortcut below", fontsize=12)
+    inside.set_title("The inside of a block: main path above, shortcut below")
     for axes in (pipeline, inside):
         axes.axis("off")
     figure.tight_layout()
     return figure
 
 
-def draw_block(axes, title, block, y):
-    """Draw the modules of a ResidualBlock as two rows of boxes that meet in a sum, at height y of the axes."""
-    names = {"Conv2d": "conv 3x3\n{0.in_channels} to {0.out_channels}", "BatchNorm2d": "batch norm"}
-    names |= {"LeakyReLU": "LeakyReLU", "AvgPool2d": "average\npool", "Upsample": "nearest\nx {0.scale_factor:g}"}
-    axes.text(-1.5, y - 0.7, title.replace(" ", "\n"), va="center", fontsize=11, weight="bold")
-    for path, height, columns in ((block.main, y, range(6)), (block.skip, y - 1.4, (3, 4))):
-        columns = list(columns)
-        for x, module in zip(columns, path):
-            label = names[type(module).__name__].format(module)
-            axes.text(
-                x, height, label, ha="center", va="center", fontsize=10, bbox={"boxstyle": "round", "fc": "white"}
-            )
-        axes.plot([-0.6, *columns, 6.4], [y - 0.7, *[height] * len(columns), y - 0.7], color="#777777", zorder=0)
-    axes.text(6.5, y - 0.7, "+", ha="center", va="center", fontsize=13, bbox={"boxstyle": "circle", "fc": "white"})
-    axes.plot([6.5, 8.4], [y - 0.7] * 2, color="#777777", zorder=0)
-    axes.text(
-        7.6, y - 0.7, "LeakyReLU", ha="center", va="center", fontsize=10, bbox={"boxstyle": "round", "fc": "white"}
-    )
-
-
 # %% [markdown]
-# Two small helpers serve the drawing and everything after training. With batch norm in training mode, a picture's code
-# would depend on the other pictures of its batch; `inference` puts the model in evaluation mode, where it does not.
+# Two small helpers serve the drawing and everything after training. With batch norm in training mode, a
+# picture's code would depend on the other pictures of its batch; `inference` puts the model in evaluation
+# mode, where it does not.
 
 
 # %%
@@ -801,7 +880,8 @@ def device_of(vae):
 
 @contextmanager
 def inference(vae):
-    """Within this context vae is in evaluation mode and records no gradients; its mode is restored afterwards."""
+    """Within this context vae is in evaluation mode and records no gradients; its mode is restored
+    afterwards."""
     training = vae.training
     vae.eval()
     try:
@@ -813,15 +893,16 @@ def inference(vae):
 
 # %%
 if __name__ == "__main__":
-    alt = "Boxes joined by arrows: the picture shrinks through four encoder blocks to mu and logvar, and grows back "
-    alt += "through five decoder blocks to logits; below, the layers inside an encoder block and a decoder block"
+    alt = "Boxes joined by arrows: a picture shrinks through four encoder blocks to mu and logvar, and grows "
+    alt += "through five decoder blocks to logits; below, the layers inside one block of each kind"
     show_figure(draw_architecture(vae, cfg), "architecture", alt)
 
 # %% [markdown]
-# Height stands for resolution. Read the upper row as an hourglass: 12,288 numbers become 512 and then 12,288 again,
-# and nothing bypasses the waist. In a U-Net, shortcuts would lead from left to right around the waist; here they would
-# spoil everything, since the code could stay empty. Below, count along the two paths of a block: the
-# main path has one convolution, two batch norms and one activation more than the shortcut, as the paper says.
+# Height stands for resolution. Read the upper row as an hourglass: 12,288 numbers become 512 and then 12,288
+# again, and nothing bypasses the waist. In a U-Net, shortcuts would lead from left to right around the waist;
+# here they would spoil everything, since the code could stay empty. Below, count along the two paths of a
+# block: the main path has one convolution, two batch norms and one activation more than the shortcut, as the
+# paper says.
 
 # %% [markdown]
 # ## The loss
@@ -830,9 +911,10 @@ if __name__ == "__main__":
 #
 # $$\mathcal L_\text{VAE} = \text{BCE}(x, \hat x) + 0.01 \cdot D_\text{KL}. \tag{5}$$
 #
-# BCE treats each brightness $x \in [0, 1]$ as the probability of a bright pixel, $-x \log \hat x - (1 - x) \log (1 - \hat x)$.
-# It is smallest at $\hat x = x$, but not zero there: the *floor* $-x \log x - (1 - x) \log(1 - x)$ remains, about
-# 0.55 on photographs. We therefore show BCE minus its floor, which is what the network can do something about.
+# BCE treats each brightness $x \in [0, 1]$ as the probability of a bright pixel, $-x \log \hat x - (1 - x)
+# \log (1 - \hat x)$. It is smallest at $\hat x = x$, but not zero there: the *floor* $-x \log x - (1 - x)
+# \log(1 - x)$ remains, about 0.55 on photographs. We therefore show BCE minus its floor, which is what the
+# network can do something about.
 #
 # The paper does not say whether the two terms are summed or averaged, and this decides what 0.01 means. Write
 # the loss as multiple of a summed ELBO with weight $\beta$ on its divergence:
@@ -842,13 +924,15 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     pixels = 3 * cfg.image_size**2
     print(f"{'BCE over pixels':>16} {'KL over numbers':>16} {'effective beta':>15}")
-    for bce_by, kl_by, beta in (("mean", "mean", pixels / cfg.latent_dim), ("mean", "sum", pixels), ("sum", "sum", 1)):
+    factors = (("mean", "mean", pixels / cfg.latent_dim), ("mean", "sum", pixels), ("sum", "sum", 1))
+    for bce_by, kl_by, beta in factors:
         print(f"{bce_by:>16} {kl_by:>16} {cfg.kl_weight * beta:15.2f}")
 
 # %% [markdown]
-# > Choice: mean and mean, an effective $\beta$ of 0.24. Why: with a summed divergence against a mean BCE, $\beta = 123$,
-# > saying anything about the picture would cost more than it gains, and all codes would collapse to the prior. Sum and
-# > sum, 0.01, would hardly be a VAE: faithful copies, but codes that do not fill the space between them. `reduction="sum"` tries it.
+# > Choice: mean and mean, an effective $\beta$ of 0.24. Why: with a summed divergence against a mean BCE,
+# > $\beta = 123$, saying anything about the picture would cost more than it gains, and all codes would
+# > collapse to the prior. Sum and sum, 0.01, would hardly be a VAE: faithful copies, but codes that do not
+# > fill the space between them. `reduction="sum"` tries it.
 
 
 # %%
@@ -863,15 +947,16 @@ class Loss(NamedTuple):
 def vae_loss(logits, images, mu, logvar, kl_weight=0.01, reduction="mean"):
     """Equation (5): what training minimises.
 
-    logits, images: (N, 3, H, W), images in [0, 1]; mu, logvar: (N, latent_dim). reduction "mean": mean over pixels and
-    over latent numbers; "sum": sums over both, mean over the batch. Returns Loss(total, bce, kl) in nats.
+    logits, images: (N, 3, H, W), images in [0, 1]; mu, logvar: (N, latent_dim). reduction "mean": mean over
+    pixels and over latent numbers; "sum": sums over both, mean over the batch. Returns Loss(total, bce, kl)
+    in nats.
     """
-    bce = F.binary_cross_entropy_with_logits(logits.float(), images, reduction="none").flatten(1)  # (N, pixels)
-    kl = kl_divergence(mu.float(), logvar.float())  # (N,)
+    bce = F.binary_cross_entropy_with_logits(logits.float(), images, reduction=reduction)
+    kl = kl_divergence(mu.float(), logvar.float()).mean()
     if reduction == "mean":
-        bce, kl = bce.mean(), kl.mean() / mu.shape[1]
+        kl = kl / mu.shape[1]
     else:
-        bce, kl = bce.sum(dim=1).mean(), kl.mean()
+        bce = bce / len(images)
     return Loss(bce + kl_weight * kl, bce, kl)
 
 
@@ -881,19 +966,21 @@ if __name__ == "__main__":
     perfect = torch.logit(images, eps=1e-6)
     at_prior = torch.zeros(4, cfg.latent_dim)
     loss = vae_loss(perfect, images, at_prior, at_prior)
-    print(f"perfect copy of noise, empty code: total {loss.total:.3f}, BCE {loss.bce:.3f}, KL {loss.kl:.3f}")
-    assert loss.kl == 0 and torch.allclose(loss.bce, torch.tensor(0.5), atol=0.01)  # the floor of uniform noise is 1/2
-    assert vae_loss(perfect + 1, images, at_prior, at_prior).bce > loss.bce, "nothing beats the perfect copy"
+    print(f"perfect copy of uniform noise: total {loss.total:.3f}, BCE {loss.bce:.3f}, KL {loss.kl:.3f}")
+    assert loss.kl == 0 and abs(loss.bce - 0.5) < 0.01, "the floor of uniform noise is 1/2"
+    worse = vae_loss(perfect + 1, images, at_prior, at_prior)
+    assert worse.bce > loss.bce, "nothing beats the perfect copy"
     summed = vae_loss(perfect, images, at_prior + 1, at_prior, 0.01, "sum")
-    assert torch.allclose(summed.total, summed.bce + 0.01 * summed.kl) and summed.kl == 0.5 * cfg.latent_dim
+    assert summed.total == summed.bce + 0.01 * summed.kl and summed.kl == 0.5 * cfg.latent_dim
 
 # %% [markdown]
 # ## The schedule
 #
-# **Paper.** Learning rate 0.0004, annealed linearly over 100 epochs. Adam with PyTorch's defaults, no augmentation.
+# **Paper.** Learning rate 0.0004, annealed linearly over 100 epochs. Adam with PyTorch's defaults, no
+# augmentation.
 #
-# > Choice: one value an epoch, $\text{lr} \cdot (1 - \text{epoch} / \text{epochs})$. Why: it starts at the paper's value and
-# > would reach zero just after the last epoch, so that every epoch still learns.
+# > Choice: one value an epoch, $\text{lr} \cdot (1 - \text{epoch} / \text{epochs})$. Why: it starts at the
+# > paper's value and would reach zero just after the last epoch, so that every epoch still learns.
 
 
 # %%
@@ -909,57 +996,55 @@ if __name__ == "__main__":
     figure, axes = plt.subplots(figsize=(6, 2.5))
     axes.step(range(1, cfg.epochs + 1), rates, where="mid")
     axes.set(xlabel="epoch", ylabel="learning rate", title=f"{cfg.epochs} epochs", ylim=(0, None))
-    show_figure(figure, "schedule", "A staircase that falls in equal steps from the first learning rate towards zero")
+    alt = "A staircase that falls in equal steps from the first learning rate towards zero"
+    show_figure(figure, "schedule", alt)
 
 # %% [markdown]
-# Large steps while everything is wrong, small ones to settle. A staircase that touched zero before the end would waste
-# its last epochs.
+# Large steps while everything is wrong, small ones to settle. A staircase that touched zero before the end
+# would waste its last epochs.
 
 # %% [markdown]
 # ## Training
 #
 # **Paper.** 100 epochs over 105,000 images in batches of 64: 10.5 million images. What makes that bearable:
 #
-# - All images stay on the device as bytes. A batch is an index into them, drawn by a permutation made on the device; only
-#   the batch becomes floats. There is no `DataLoader`, and nothing is decoded twice.
-# - `channels_last` stores the channels of a pixel side by side, the order in which fast convolutions want them.
+# - All images stay on the device as bytes. A batch is an index into them, drawn by a permutation made on the
+#   device; only the batch becomes floats. There is no `DataLoader`, and nothing is decoded twice.
+# - `channels_last` stores the channels of a pixel side by side, the order in which fast convolutions want
+#   them.
 # - Convolutions run in bfloat16 where the hardware is made for it; weights, loss and Adam stay in float32.
 # - Losses stay on the device and are read when a checkpoint is saved, so that the GPU never waits for Python.
 
 
 # %%
 def mixed_precision(device):
-    """Autocast to bfloat16 on CUDA and on CPUs that multiply it in hardware (AMX); elsewhere it does nothing."""
+    """Autocast to bfloat16 on CUDA and on CPUs that multiply it in hardware (AMX); elsewhere it does
+    nothing."""
     amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
     fast = device.type == "cuda" or (device.type == "cpu" and amx)
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def to_device(images, device):
-    """Images, uint8 or float, as floats in [0, 1] on the device, in the memory format that convolutions prefer."""
+    """Images, uint8 or float, as floats in [0, 1] on the device, in the memory format that convolutions
+    prefer."""
     return as_float(images.to(device)).contiguous(memory_format=torch.channels_last)
-
-
-def evenly_spread(images, count):
-    """count of the images, evenly spread over all; all of them where there are no more."""
-    if count >= len(images):
-        return images
-    return images[torch.linspace(0, len(images) - 1, count).round().long()]
 
 
 # %% [markdown]
 # ### From pictures to codes and back
 #
-# Whatever follows the training uses three functions. To *encode* is to take the posterior's mean, without noise. To
-# *evaluate* is to copy a picture through its mean and compare: BCE and its floor, mean squared error (MSE), and
-# $\text{PSNR} = -10 \log_{10} \text{MSE}$ in decibels, where 3 more mean half the error.
+# Whatever follows the training uses three functions. To *encode* is to take the posterior's mean, without
+# noise. To *evaluate* is to copy a picture through its mean and compare: BCE and its floor, mean squared
+# error (MSE), and $\text{PSNR} = -10 \log_{10} \text{MSE}$ in decibels, where 3 more mean half the error.
 
 
 # %%
 def encode_mean(vae, images):
     """Posterior means of images: uint8 or [0, 1] floats (N, 3, H, W) -> (N, latent_dim) float32 on the CPU.
 
-    In evaluation mode and in batches; a picture's code does not depend on its neighbours. Paper, section 1.6.
+    In evaluation mode and in batches; a picture's code does not depend on its neighbours. Paper, section
+    1.6.
     """
     with inference(vae):
         batches = progress(images.split(64), "encoding")
@@ -967,23 +1052,25 @@ def encode_mean(vae, images):
 
 
 def decode_images(vae, z):
-    """What the decoder draws for codes z (N, latent_dim): images in [0, 1], (N, 3, H, W) float32 on the CPU."""
+    """What the decoder draws for codes z (N, latent_dim): images in [0, 1], (N, 3, H, W) float32 on the
+    CPU."""
     with inference(vae):
         batches = progress(z.float().split(64), "decoding")
-        return torch.cat([torch.sigmoid(vae.decoder(batch.to(device_of(vae)))).cpu() for batch in batches])
+        logits = [vae.decoder(batch.to(device_of(vae))).float().cpu() for batch in batches]
+        return torch.sigmoid(torch.cat(logits))
 
 
 def evaluate(vae, images):
-    """Reconstruct uint8 images (N, 3, H, W) from their posterior means; returns a (N, 4) tensor of per-image values:
-    BCE (nats a number), the floor of BCE, MSE, and PSNR (dB)."""
+    """Reconstruct uint8 images (N, 3, H, W) from their posterior means; returns a (N, 4) tensor of
+    per-image values: BCE (nats a number), the floor of BCE, MSE, and PSNR (dB)."""
     values = []
     with inference(vae), mixed_precision(device_of(vae)):
         for batch in progress(images.split(64), "evaluating"):
             x = to_device(batch, device_of(vae))
             logits = vae.decoder(vae.encoder(x)[0]).float()
-            bce = F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).mean(dim=1)
-            floor = F.binary_cross_entropy(x, x, reduction="none").flatten(1).mean(dim=1)
-            mse = (torch.sigmoid(logits) - x).square().flatten(1).mean(dim=1)
+            bce = F.binary_cross_entropy_with_logits(logits, x, reduction="none").mean(dim=(1, 2, 3))
+            floor = F.binary_cross_entropy(x, x, reduction="none").mean(dim=(1, 2, 3))
+            mse = (torch.sigmoid(logits) - x).square().mean(dim=(1, 2, 3))
             values.append(torch.stack([bce, floor, mse, -10 * mse.log10()], dim=1).cpu())
     return torch.cat(values)
 
@@ -991,10 +1078,10 @@ def evaluate(vae, images):
 # %% [markdown]
 # ### Checkpoints
 #
-# Two kinds of file. *Weights* are what ships: half-precision numbers in the safetensors format, which holds tensors and
-# text but cannot carry code, with a description of their training. The *training state* is what resuming needs:
-# weights, Adam's moments, position and history. Both are written beside their final name, flushed to the
-# disk, and renamed, so that a crash leaves the old file or the new one, never half of one.
+# Two kinds of file. *Weights* are what ships: half-precision numbers in the safetensors format, which holds
+# tensors and text but cannot carry code, with a description of their training. The *training state* is what
+# resuming needs: weights, Adam's moments, position and history. Both are written beside their final name,
+# flushed to the disk, and renamed, so that a crash leaves the old file or the new one, never half of one.
 
 
 # %%
@@ -1010,7 +1097,8 @@ def write_atomically(path, write):
 
 
 def save_checkpoint(path, vae, info):
-    """Write the weights of vae as float16 safetensors to path, with info, a dict for JSON; info["recipe"] has the settings."""
+    """Write the weights of vae as float16 safetensors to path, with info, a dict for JSON; info["recipe"]
+    has the settings."""
     weights = {name: t.half() if t.is_floating_point() else t for name, t in vae.state_dict().items()}
     weights = {name: t.cpu().contiguous() for name, t in weights.items()}
     path = Path(path)
@@ -1060,11 +1148,11 @@ def read_history(path):
 # %% [markdown]
 # ### Resuming exactly
 #
-# A run that was stopped must go on as if nothing had happened, to the last bit. So nothing random may depend on how often
-# it was started. The order of epoch $e$ is the permutation drawn from seed $s + e$, the noise of training step $t$ that
-# from seed $s + t$: the position says it all, no generator has to be saved. State is saved after every epoch, and within
-# long ones every minute. Before it is overwritten, the losses are checked: a run that has gone wrong stops, and its last
-# good state survives.
+# A run that was stopped must go on as if nothing had happened, to the last bit. So nothing random may depend
+# on how often it was started. The order of epoch $e$ is the permutation drawn from seed $s + e$, the noise of
+# training step $t$ that from seed $s + t$: the position says it all, no generator has to be saved. State is
+# saved after every epoch, and within long ones every minute. Before it is overwritten, the losses are
+# checked: a run that has gone wrong stops, and its last good state survives.
 
 
 # %%
@@ -1072,15 +1160,17 @@ class TrainingRun:
     """Where a training run stands, and the folder <checkpoint_dir>/runs/<run_name> that it is saved in.
 
     recipe: the settings that decide the result. epoch, step: position of the next training step, from 0.
-    losses: (steps, 2), BCE and KL of this epoch so far, on the device. history: one dict for each finished epoch.
+    losses: (steps, 2), BCE and KL of this epoch so far, on the device. history: one dict for each finished
+    epoch.
     """
 
-    FREE = ("mode data_dir output_dir checkpoint_dir run_name device horse_weight picks_per_class").split()
+    FREE = {"mode", "data_dir", "output_dir", "checkpoint_dir", "run_name", "device"}
+    FREE |= {"horse_weight", "picks_per_class"}
 
     def __init__(self, cfg, vae, optimizer, images):
         self.cfg, self.vae, self.optimizer = cfg, vae, optimizer
         self.folder = cfg.checkpoint_dir / "runs" / cfg.run_name
-        self.recipe = json.loads(cfg.model_dump_json(exclude=set(self.FREE))) | {"images": len(images)}
+        self.recipe = json.loads(cfg.model_dump_json(exclude=self.FREE)) | {"images": len(images)}
         self.epoch, self.step, self.history, self.saved = 0, 0, [], time.monotonic()
         self.steps = len(images) // cfg.batch_size  # an incomplete last batch is left out
         self.losses = torch.zeros(self.steps, 2, device=images.device)
@@ -1088,7 +1178,8 @@ class TrainingRun:
             raise ReaderError(f"{len(images)} training images do not fill one batch of {cfg.batch_size}")
 
     def save(self):
-        """Write the training state, keeping the one before as .previous; ReaderError if a loss is not finite."""
+        """Write the training state, keeping the one before as .previous; ReaderError if a loss is not
+        finite."""
         wrong = (~self.losses[: self.step].isfinite().all(dim=1)).nonzero()
         if len(wrong):
             raise ReaderError(
@@ -1107,28 +1198,33 @@ class TrainingRun:
         self.saved = time.monotonic()
 
     def finish_epoch(self, losses, test, seconds, images_per_second):
-        """Record the epoch's mean losses and the held-out values of evaluate, go to the next epoch, and save."""
+        """Record the epoch's mean losses and the held-out values of evaluate, go to the next epoch, and
+        save."""
         record = {"epoch": self.epoch + 1, "lr": learning_rate(self.cfg, self.epoch)} | losses
-        record |= dict(zip(("test_bce", "test_floor", "test_mse", "test_psnr"), test.tolist()))
+        names = ("test_bce", "test_floor", "test_mse", "test_psnr")
+        record |= dict(zip(names, test.mean(dim=0).tolist()))
         self.history.append(record | {"seconds": seconds, "images_per_second": images_per_second})
         self.epoch, self.step = self.epoch + 1, 0
         self.save()
 
     def resume(self):
-        """Take up the saved state if there is one; ReaderError if it is damaged or belongs to another recipe."""
+        """Take up the saved state if there is one; ReaderError if it is damaged or belongs to another
+        recipe."""
         damaged = []
         for path in (self.folder / "state.pt", self.folder / "state.pt.previous"):
             if not path.exists():
                 continue
             try:
-                state = torch.load(path, map_location=self.losses.device, weights_only=True)  # never runs code
+                state = torch.load(path, self.losses.device, weights_only=True)  # never runs code
             except Exception:  # torch.load fails in as many ways as a file can be damaged
                 damaged.append(str(path))
                 continue
             if state["recipe"] != self.recipe:
-                pairs = [(k, state["recipe"].get(k), v) for k, v in self.recipe.items() if state["recipe"].get(k) != v]
-                differ = ", ".join(f"{name} was {old} and is {new}" for name, old, new in pairs)
-                raise ReaderError(f"{path} is of another recipe ({differ}): set it back, or choose a new run_name")
+                pairs = [(name, state["recipe"].get(name), new) for name, new in self.recipe.items()]
+                differ = ", ".join(f"{name} was {old}, is {new}" for name, old, new in pairs if old != new)
+                raise ReaderError(
+                    f"{path} has another recipe ({differ}): set it back or choose a new run_name"
+                )
             self.vae.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
@@ -1146,8 +1242,9 @@ class TrainingRun:
 def fit(cfg, on_epoch=None):
     """Train a VAE by the recipe in cfg, or go on where the run was stopped. Paper, section 1.5.
 
-    on_epoch(vae, history) is called after each epoch. The stop button (KeyboardInterrupt) saves and returns what there
-    is. Returns (vae, history), vae in eval(). Raises ReaderError where images, state or losses are unusable.
+    on_epoch(vae, history) is called after each epoch. The stop button (KeyboardInterrupt) saves and returns
+    what there is. Returns (vae, history), vae in eval(). Raises ReaderError where images, state or losses
+    are unusable.
     """
     device = find_device(cfg)
     images = load_images(cfg, "train+unlabeled")
@@ -1171,7 +1268,7 @@ def fit(cfg, on_epoch=None):
             while run.step < run.steps:
                 batch = order[run.step * cfg.batch_size : (run.step + 1) * cfg.batch_size]
                 x = to_device(images[batch], device)  # (batch_size, 3, 64, 64)
-                torch.manual_seed(cfg.seed + run.epoch * run.steps + run.step)  # of the noise in reparameterize
+                torch.manual_seed(cfg.seed + run.epoch * run.steps + run.step)  # noise of reparameterize
                 with mixed_precision(device):
                     logits, mu, logvar = vae(x)
                 loss = vae_loss(logits, x, mu, logvar, cfg.kl_weight, cfg.reduction)
@@ -1183,32 +1280,33 @@ def fit(cfg, on_epoch=None):
                 bar.update()
                 if time.monotonic() - run.saved > 60:
                     run.save()
-            bce, kl = run.losses.mean(dim=0).tolist()  # the first time in this epoch that anybody waits for the device
+            bce, kl = run.losses.mean(dim=0).tolist()  # here Python waits for the device
             seconds = time.monotonic() - started
             speed = (run.steps - first) * cfg.batch_size / seconds
-            run.finish_epoch({"bce": bce, "kl": kl}, evaluate(vae, held_out).mean(dim=0), seconds, speed)
+            run.finish_epoch({"bce": bce, "kl": kl}, evaluate(vae, held_out), seconds, speed)
             psnr = run.history[-1]["test_psnr"]
-            bar.set_postfix(bce=f"{bce:.4f}", kl=f"{kl:.3f}", psnr=f"{psnr:.2f} dB", images_per_s=round(speed))
+            bar.set_postfix_str(f"BCE {bce:.4f}, KL {kl:.3f}, PSNR {psnr:.2f} dB, {speed:.0f} images/s")
             if on_epoch:
                 on_epoch(vae, run.history)
     except KeyboardInterrupt:
         run.save()
         print(f"stopped in epoch {run.epoch + 1} and saved: run this again to go on")
     bar.close()
-    info = {"recipe": run.recipe, "device": str(device), "torch": torch.__version__, "reached": run.history[-1:]}
+    info = {"recipe": run.recipe, "device": str(device), "torch": torch.__version__}
     save_checkpoint(run.folder / "pegasus_vae.safetensors", vae, info)
     return vae.eval(), run.history
 
 
 # %% [markdown]
 # While it trains, the same eight held-out photographs and their copies are redrawn: blobs of colour first,
-# then outlines, then limbs. Copies that stay grey mean a learning rate too high; codes that collapse to the prior give
-# eight times the same picture.
+# then outlines, then limbs. Copies that stay grey mean a learning rate too high; codes that collapse to the
+# prior give eight times the same picture.
 
 
 # %%
 def watch(vae, history):
-    """Redraw eight held-out photographs and their copies, after each of the first five epochs and then every fifth."""
+    """Redraw eight held-out photographs and their copies, after each of the first five epochs and then
+    every fifth."""
     epoch = int(history[-1]["epoch"])
     if epoch <= 5 or epoch % 5 == 0:
         originals = evenly_spread(load_images(cfg, "test"), 8)
@@ -1224,7 +1322,8 @@ if __name__ == "__main__":
         history = read_history(cfg.checkpoint_dir / "history.csv")
         shape = ("image_size", "base_channels", "latent_dim", "blocks_per_stage")
         cfg = cfg.model_copy(update={field: info["recipe"][field] for field in shape})
-        print(f"shipped weights: trained on {info['data']}, {info['recipe']['epochs']} epochs, {info['device']}")
+        trained = f"{info['data']}, {info['recipe']['epochs']} epochs, {info['device']}"
+        print(f"shipped weights, trained on {trained}")
     else:
         originals = evenly_spread(load_images(cfg, "test"), 8)
         show_rows({"held out": originals}, "training", "Eight held-out photographs", "Before training")
@@ -1238,11 +1337,10 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     epochs = [record["epoch"] for record in history]
-    curves = {
-        "BCE above its floor (nats a number)": [record["test_bce"] - record["test_floor"] for record in history],
-        "KL (nats a latent number)": [record["kl"] for record in history],
-        "PSNR (dB)": [record["test_psnr"] for record in history],
-    }
+    above_floor = [record["test_bce"] - record["test_floor"] for record in history]
+    curves = {"BCE above its floor (nats a number)": above_floor}
+    curves["KL (nats a latent number)"] = [record["kl"] for record in history]
+    curves["PSNR (dB)"] = [record["test_psnr"] for record in history]
     figure, panels = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
     for axes, (label, values) in zip(panels, curves.items()):
         axes.plot(epochs, values, "o-", markersize=3)
@@ -1251,26 +1349,29 @@ if __name__ == "__main__":
     figure.suptitle("512 held-out photographs (left, right) and training batches (middle)")
     show_figure(figure, "curves", "Three curves over epochs: BCE above floor falls, KL settles, PSNR rises")
     last = history[-1]
-    print(f"after epoch {last['epoch']:.0f}: BCE {last['test_bce']:.4f}, floor {last['test_floor']:.4f}, ", end="")
-    print(f"PSNR {last['test_psnr']:.2f} dB, KL {last['kl'] * cfg.latent_dim:.0f} nats an image")
+    bce, floor, psnr = (last[f"test_{name}"] for name in ("bce", "floor", "psnr"))
+    print(f"after epoch {last['epoch']:.0f}: BCE {bce:.4f}, floor {floor:.4f}, PSNR {psnr:.2f} dB")
+    print(f"the code says {last['kl'] * cfg.latent_dim:.0f} nats about an image")
 
 # %% [markdown]
-# Left and right are the same story told twice: copies get closer to photographs that were never trained on. The middle
-# curve is what the code says about a picture. It must not fall to zero, which would be a code that says nothing. A left
-# curve that turns upward would mean that the network learns its training pictures by heart.
+# Left and right are the same story told twice: copies get closer to photographs that were never trained on.
+# The middle curve is what the code says about a picture. It must not fall to zero, which would be a code that
+# says nothing. A left curve that turns upward would mean that the network learns its training pictures by
+# heart.
 
 # %% [markdown]
 # ## Candidates
 #
-# From here on we work with the test split's horses and birds. A candidate is a picture, its code and a checksum that
-# identifies it. With a data folder, the pictures are the photographs; without one, the shipped codes are decoded, and
-# what you see is the decoder's idea of each photograph. All that follows works with either.
+# From here on we work with the test split's horses and birds. A candidate is a picture, its code and a
+# checksum that identifies it. With a data folder, the pictures are the photographs; without one, the shipped
+# codes are decoded, and what you see is the decoder's idea of each photograph. All that follows works with
+# either.
 
 
 # %%
 class Candidates(NamedTuple):
-    """All pictures of a class to pick from: images uint8 (N, 3, H, W), their codes (N, latent_dim), the CRC-32 of each
-    photograph's pixels, and whether images are the photographs or the decoder's drawings."""
+    """All pictures of a class to pick from: images uint8 (N, 3, H, W), their codes (N, latent_dim), the
+    CRC-32 of each photograph's pixels, and whether images are the photographs or the decoder's drawings."""
 
     images: torch.Tensor
     latents: torch.Tensor
@@ -1279,7 +1380,8 @@ class Candidates(NamedTuple):
 
 
 def load_candidates(cfg, vae, class_name):
-    """Candidates of a class of the test split, from cfg.data_dir or else from <checkpoint_dir>/candidates.safetensors."""
+    """Candidates of a class of the test split, from cfg.data_dir or else from
+    <checkpoint_dir>/candidates.safetensors."""
     if find_data(cfg):
         images = load_images(cfg, "test", class_name)
         crc32 = [zlib.crc32(image.numpy().tobytes()) for image in images]
@@ -1287,12 +1389,14 @@ def load_candidates(cfg, vae, class_name):
     path = cfg.checkpoint_dir / "candidates.safetensors"
     try:
         with safe_open(path, "pt") as file:
-            latents, crc32 = file.get_tensor(f"{class_name}_latents").float(), file.get_tensor(f"{class_name}_crc32")
+            latents = file.get_tensor(f"{class_name}_latents").float()
+            crc32 = file.get_tensor(f"{class_name}_crc32").tolist()
     except (OSError, SafetensorError) as error:
-        raise ReaderError(f"{path}: {error}. Restore it (git checkout -- checkpoints) or provide photographs") from None
+        mend = "restore it (git checkout -- checkpoints) or provide photographs"
+        raise ReaderError(f"{path} cannot be read ({error}): {mend}") from None
     with mixed_precision(device_of(vae)):  # these are only looked at
         images = (decode_images(vae, latents) * 255).round().byte()
-    return Candidates(images, latents, crc32.tolist(), False)
+    return Candidates(images, latents, crc32, False)
 
 
 # %%
@@ -1300,23 +1404,20 @@ if __name__ == "__main__":
     horses = load_candidates(cfg, vae, "horse")
     birds = load_candidates(cfg, vae, "bird")
     shown = "photographs" if horses.originals else "drawn by the decoder from shipped codes"
-    print(f"{len(horses.images)} horses and {len(birds.images)} birds, {shown}; codes {tuple(horses.latents.shape)}")
+    print(f"{len(horses.images)} horses and {len(birds.images)} birds, {shown}")
 
 # %% [markdown]
 # ## Reconstructions
 #
-# **Paper.** "Blurry, but the general outline and some texture is retained", on test images. Ours, and in numbers. Each
-# number is the mean over pictures of that picture's value.
+# **Paper.** "Blurry, but the general outline and some texture is retained", on test images. Ours, and in
+# numbers. Each number is the mean over pictures of that picture's value.
 
 
 # %%
 if __name__ == "__main__":
     if find_data(cfg):
-        values = evaluate(vae, load_images(cfg, "test"))  # (N, 4)
-        held_out = {"all of test": values.mean(dim=0).tolist()}
-        held_out |= {
-            name: evaluate(vae, c.images).mean(dim=0).tolist() for name, c in (("horse", horses), ("bird", birds))
-        }
+        held_out = {"all of test": load_images(cfg, "test"), "horse": horses.images, "bird": birds.images}
+        held_out = {name: evaluate(vae, part).mean(dim=0).tolist() for name, part in held_out.items()}
     else:
         held_out = info["held_out"]  # measured when the weights were shipped
     print(f"{'held out':>12} {'BCE':>8} {'floor':>8} {'above':>8} {'MSE':>8} {'PSNR/dB':>8}")
@@ -1332,20 +1433,21 @@ if __name__ == "__main__":
         if candidates.originals:
             rows[name] = candidates.images[some]
         rows[f"{name}, copy"] = decode_images(vae, candidates.latents[some])
-    alt = "Rows of sixteen test pictures of horses and of birds; each copy is a softer version of its original"
-    show_rows(rows, "reconstructions", alt, "Held-out pictures and their copies through 512 numbers")
+    alt = "Rows of sixteen test horses and birds; each copy is a softer version of its original"
+    show_rows(rows, "reconstructions", alt, f"Held-out pictures, copied through {cfg.latent_dim} numbers")
 
 # %% [markdown]
-# Look for the outline, the pose, and the colours of animal and ground: these survive. Legs, eyes and feathers do not.
-# Squared or logarithmic error pays for the average of all pictures that the code allows, and the average of many
-# sharp legs is one soft leg. If copies showed *another* horse than the original, the code would be too weak; if they were
-# as sharp as the originals, we should suspect that test pictures had been trained on.
+# Look for the outline, the pose, and the colours of animal and ground: these survive. Legs, eyes and feathers
+# do not. Squared or logarithmic error pays for the average of all pictures that the code allows, and the
+# average of many sharp legs is one soft leg. If copies showed *another* horse than the original, the code
+# would be too weak; if they were as sharp as the originals, we should suspect that test pictures had been
+# trained on.
 
 # %% [markdown]
 # ## Samples from the prior
 #
-# The promise of the KL term was that draws from $\mathcal N(0, I)$ are codes of something. A first look at the model as
-# a generator:
+# The promise of the KL term was that draws from $\mathcal N(0, I)$ are codes of something. A first look at
+# the model as a generator:
 
 
 # %%
@@ -1354,46 +1456,50 @@ if __name__ == "__main__":
     samples = decode_images(vae, torch.randn(32, cfg.latent_dim))
     alt = "Two rows of sixteen dreamlike soft pictures with blobs before backgrounds"
     show_rows({"z ~ N(0, I)": samples[:16], "": samples[16:]}, "prior", alt, "Decoded draws from the prior")
-    spread = torch.cat([horses.latents, birds.latents]).std(dim=0)  # (latent_dim,) of posterior means
-    print(f"standard deviation of a latent number over candidates: mean {spread.mean():.2f}", end=", ")
-    print(f"smallest {spread.min():.2f}; {(spread > 0.1).sum()} of {cfg.latent_dim} above 0.1")
+    spread = torch.cat([horses.latents, birds.latents]).std(dim=0)  # (latent_dim,)
+    print(f"posterior means over candidates: standard deviation {spread.mean():.2f} on average,")
+    print(f"{spread.min():.2f} at the least; {(spread > 0.1).sum()} of {cfg.latent_dim} above 0.1")
 
 # %% [markdown]
-# Ground, sky, a thing in the middle: composition without content. The prior is the right scale, but the codes of real
-# pictures fill only a part of it, and a draw rarely hits that part. The line below the figure says how
-# many latent numbers carry something: one whose posterior mean hardly moves from picture to picture is unused. This is why the
-# paper does not sample its pegasi from the prior, but starts from real horses and birds.
+# Ground, sky, a thing in the middle: composition without content. The prior is the right scale, but the codes
+# of real pictures fill only a part of it, and a draw rarely hits that part. The line below the figure says
+# how many latent numbers carry something: one whose posterior mean hardly moves from picture to picture is
+# unused. This is why the paper does not sample its pegasi from the prior, but starts from real horses and
+# birds.
 
 # %% [markdown]
 # ## Picking horses and birds
 #
-# **Paper.** 64 horses of the test split, picked by hand: mostly white, clearly visible. 64 birds: mostly white, or with
-# large outstretched wings. The birds with dark wings are marked, because their codes will be negated.
+# **Paper.** 64 horses of the test split, picked by hand: mostly white, clearly visible. 64 birds: mostly
+# white, or with large outstretched wings. The birds with dark wings are marked, because their codes will be
+# negated.
 #
-# This is the only part of the method that needs a person, and the most pleasant one. Picks made by us come with the
-# notebook, so everything runs at once; as soon as you change one, yours are used, and kept in `outputs/picks.json`.
-# Delete that file to get ours back. To edit it by hand: `horse` and `bird` list the `index` of a picture in its class of
-# the test split and the `crc32` of its pixels; `"dark": true` marks a bird to be negated; the first horse is mixed with
-# the first bird, and so on.
+# This is the only part of the method that needs a person, and the most pleasant one. Picks made by us come
+# with the notebook, so everything runs at once; as soon as you change one, yours are used, and kept in
+# `outputs/picks.json`. Delete that file to get ours back. To edit it by hand: `horse` and `bird` list the
+# `index` of a picture in its class of the test split and the `crc32` of its pixels; `"dark": true` marks a
+# bird to be negated; the first horse is mixed with the first bird, and so on.
 #
 # ### The file of picks
 #
-# `PicksFile` knows nothing of widgets. Every change is written at once, by rename, and can be undone. A file that cannot
-# be read is set aside, not overwritten; an entry that does not fit the candidates is dropped and reported.
+# `PicksFile` knows nothing of widgets. Every change is written at once, by rename, and can be undone. A file
+# that cannot be read is set aside, not overwritten; an entry that does not fit the candidates is dropped and
+# reported.
 
 
 # %%
 class PicksFile:
     """Hand-made picks, kept in a JSON file that is rewritten at every change.
 
-    path: the reader's own file, used where it exists. shipped: the file to start from where it does not, provided that
-    it was made for these candidates. candidates: {"horse": [crc32, ...], "bird": [crc32, ...]}, what there is to pick.
-    target: how many to pick of each. weights: names the model, for which alone a best pegasus is remembered.
+    path: the reader's own file, used where it exists. shipped: the file to start from where it does not,
+    provided that it was made for these candidates. candidates: {"horse": [crc32, ...], "bird": [crc32,
+    ...]}, what there is to pick. target: how many to pick of each. weights: names the model, for which
+    alone a best pegasus is remembered.
 
-    picks["horse"] and picks["bird"] are candidate indices in the order of picking, picks["dark"] those of picked birds
-    with dark wings, picks["best"] the position of the best pegasus in the batch. origin says whose picks these are,
-    notes what was wrong with the file, saved whether the last change reached the disk. Raises ReaderError for a file of
-    another version or of other data, and leaves it alone.
+    picks["horse"] and picks["bird"] are candidate indices in the order of picking, picks["dark"] those of
+    picked birds with dark wings, picks["best"] the position of the best pegasus in the batch. origin says
+    whose picks these are, notes what was wrong with the file, saved whether the last change reached the
+    disk. Raises ReaderError for a file of another version or of other data, and leaves it alone.
     """
 
     SCHEMA, VERSION = "pegasus_vae picks", 1
@@ -1418,13 +1524,14 @@ class PicksFile:
             return list(self.groups[group])
 
     def read(self, path):
-        """The content of a picks file; None if there is none or if it is no picks file, which is then set aside."""
+        """The content of a picks file; None if there is none or if it is no picks file, which is then set
+        aside."""
         if not path.exists():
             return None
         try:
             content = json.loads(path.read_text())
-            content["schema"], content["version"], content["data"]["digest"], content["horse"][:0], content["bird"][:0]
-            return content
+            content["data"]["digest"], content["schema"], content["version"]  # a KeyError if missing
+            return content | {group: list(content[group]) for group in self.candidates}
         except (ValueError, KeyError, TypeError):
             aside = path.with_name(f"picks.bad-{time.strftime('%Y%m%d-%H%M%S')}.json")
             os.replace(path, aside)
@@ -1434,16 +1541,18 @@ class PicksFile:
         """Take up content read from path, entry by entry."""
         version, expected = (content["schema"], content["version"]), (self.SCHEMA, self.VERSION)
         if version != expected:
-            raise ReaderError(f"{path} is {version}, this notebook reads {expected}: move the file away to start anew")
+            raise ReaderError(f"{path} is {version}, this notebook reads {expected}: move it to start anew")
         if content["data"]["digest"] != self.digest:
-            found = content["data"]["digest"]
-            raise ReaderError(f"{path} was made on data {found}, these are {self.digest}: move it away to start anew")
+            other = content["data"]["digest"]
+            raise ReaderError(
+                f"{path} was made on data {other}, these are {self.digest}: move it to start anew"
+            )
         for group, crc32 in self.candidates.items():
             for entry in content[group]:
                 index = entry.get("index") if isinstance(entry, dict) else None
-                known = isinstance(index, int) and 0 <= index < len(crc32) and crc32[index] == entry.get("crc32")
-                if not known or index in self.groups[group]:
-                    self.notes.append(f"{path}: {group} {entry} dropped, not among the candidates or picked twice")
+                known = isinstance(index, int) and 0 <= index < len(crc32)
+                if not known or crc32[index] != entry.get("crc32") or index in self.groups[group]:
+                    self.notes.append(f"{path}: {group} {entry} dropped, unknown or picked twice")
                     continue
                 self.groups[group].append(index)
                 if group == "bird" and entry.get("dark"):
@@ -1453,7 +1562,8 @@ class PicksFile:
             self.groups["best"] = [best["index"]]
 
     def change(self, group, index, picked):
-        """Pick or unpick one candidate, and save. An unpicked bird loses its mark; new parents, new best pegasus."""
+        """Pick or unpick one candidate, and save. An unpicked bird loses its mark; new parents, new best
+        pegasus."""
         with self.lock:
             if picked == (index in self.groups[group]):
                 return
@@ -1473,8 +1583,9 @@ class PicksFile:
         """Pick candidates in the given order until the target is reached; one step for undo."""
         with self.lock:
             chosen = self.groups[group]
-            free = [int(index) for index in order if index not in chosen][: max(0, self.target - len(chosen))]
-            self.replace(self.groups | {group: chosen + free, "best": []})
+            free = [int(index) for index in order if index not in chosen]
+            missing = max(0, self.target - len(chosen))
+            self.replace(self.groups | {group: chosen + free[:missing], "best": []})
 
     def replace(self, groups):
         """Make groups the current picks, remember the ones before, save, and tell the listeners."""
@@ -1491,7 +1602,8 @@ class PicksFile:
 
     def save(self):
         """Write the file; if that fails, the picks stay in memory and saved is False until it works again."""
-        content = {"schema": self.SCHEMA, "version": self.VERSION, "data": {"split": "test", "digest": self.digest}}
+        content = {"schema": self.SCHEMA, "version": self.VERSION}
+        content["data"] = {"split": "test", "digest": self.digest}
         for group, crc32 in self.candidates.items():
             content[group] = [{"index": index, "crc32": crc32[index]} for index in self.groups[group]]
         for entry in content["bird"]:
@@ -1512,57 +1624,60 @@ class PicksFile:
         surplus = len(self.groups[group]) - self.target
         if surplus:
             mend = f"remove {surplus}" if surplus > 0 else f"pick {-surplus} more"
-            raise ReaderError(f"{len(self.groups[group])} of {self.target} {group}s picked: {mend}, or press Suggest")
+            count = f"{len(self.groups[group])} of {self.target} {group}s picked"
+            raise ReaderError(f"{count}: {mend} in the picker above (Suggest fills up), then run this again")
         return self[group]
 
 
 # %% [markdown]
 # ### Orders that help
 #
-# Nobody wants to leaf through 1,339 birds. White animals stand out as a bright middle before a darker border, without
-# colour; wings as a shape that is much wider than an animal on its legs. Both are crude measures of pixels, and good
-# enough to bring the right pictures to the first pages.
+# Nobody wants to leaf through 1,339 birds. White animals stand out as a bright middle before a darker border,
+# without colour; wings as a shape that is much wider than an animal on its legs. Both are crude measures of
+# pixels, and good enough to bring the right pictures to the first pages.
 
 
 # %%
 def whiteness(images):
-    """How white the middle half of each image is, 0 to 1: the mean over pixels of the smallest of R, G and B.
+    """How white the middle half of each image is, 0 to 1: the mean over pixels of the smallest of R, G and
+    B.
 
     images: (N, 3, H, W). A pixel is white if none of its channels is small. Returns (N,).
     """
     height, width = images.shape[2:]
     middle = as_float(images)[:, :, height // 4 : -height // 4, width // 4 : -width // 4]
-    return middle.amin(dim=1).flatten(1).mean(dim=1)
+    return middle.amin(dim=1).mean(dim=(1, 2))
 
 
-def border_median(images):
-    """Median colour of the outermost eighth on the left, right and top, as (N, 3, 1, 1): what the background is like."""
+def background(images):
+    """Median colour of the outermost eighth at the left, right and top of images (N, 3, H, W), as (N, 3, 1,
+    1)."""
     edge = images.shape[3] // 8
     x = as_float(images)
-    border = torch.cat([x[..., :edge].flatten(2), x[..., -edge:].flatten(2), x[:, :, :edge].flatten(2)], dim=2)
+    border = torch.cat([part.flatten(2) for part in (x[..., :edge], x[..., -edge:], x[:, :, :edge])], dim=2)
     return border.median(dim=2).values[:, :, None, None]
 
 
 def whitest_first(images):
-    """Indices of the images, white animals on darker backgrounds first, so that a bright sky does not win."""
-    return (whiteness(images) - 0.5 * border_median(images).flatten(1).mean(dim=1)).argsort(descending=True).tolist()
+    """Indices of images (N, 3, H, W), white shapes first; a bright background counts against its picture."""
+    score = whiteness(images) - 0.5 * background(images).mean(dim=(1, 2, 3))
+    return score.argsort(descending=True).tolist()
 
 
 def widest_first(images):
-    """Indices of the images, wide shapes on plain backgrounds first: what differs from the border, and how far it spreads."""
-    x = as_float(images)
-    differs = (x - border_median(images)).abs().amax(dim=1) > 0.2  # (N, H, W)
+    """Indices of images (N, 3, H, W), wide thin shapes on plain backgrounds first: open wings."""
+    differs = (as_float(images) - background(images)).abs().amax(dim=1) > 0.2  # (N, H, W)
     across = differs.any(dim=1).float().mean(dim=1)  # share of the columns that the shape touches
-    filled = differs.float().mean(dim=(1, 2))  # share of the pixels: small for a bird, large for a busy background
+    filled = differs.float().mean(dim=(1, 2))  # share of the pixels: little for a bird, much for a wood
     return (across - 2 * filled - 10 * (filled < 0.04)).argsort(descending=True).tolist()
 
 
 # %% [markdown]
 # ### The picker
 #
-# One checkbox a picture, forty pictures a page. A cell is built when it is first seen and belongs to its picture for
-# good, so that a click that crosses with a page turn still marks the picture you saw. The style sheet stretches the
-# label of the checkbox over the picture: click anywhere on it.
+# One checkbox a picture, forty pictures a page. A cell is built when it is first seen and belongs to its
+# picture for good, so that a click that crosses with a page turn still marks the picture you saw. The style
+# sheet stretches the label of the checkbox over the picture: click anywhere on it.
 
 # %%
 PICKER_STYLE = """<style>
@@ -1587,8 +1702,8 @@ def jpeg(image):
 class ImagePicker(widgets.VBox):
     """Pick images by checkbox, page by page; every change goes to picks at once.
 
-    images: uint8 (N, 3, H, W). picks: the PicksFile that all pickers of the notebook share. group: "horse", "bird",
-    "dark" (shows the picked birds) or "best" (one pick only). sorts: {name: indices in that order}.
+    images: uint8 (N, 3, H, W). picks: the PicksFile that all pickers of the notebook share. group: "horse",
+    "bird", "dark" (shows the picked birds) or "best" (one pick only). sorts: {name: indices in that order}.
     """
 
     def __init__(self, images, picks, group, sorts, per_page=40, columns=8):
@@ -1596,21 +1711,30 @@ class ImagePicker(widgets.VBox):
         self.cells, self.page = {}, 0
         self.cell_layout = widgets.Layout(width="100px", align_items="center", padding="2px")
         self.picture_layout = widgets.Layout(width="96px", height="96px")
-        self.grid = widgets.GridBox(layout=widgets.Layout(grid_template_columns=f"repeat({columns}, 108px)"))
+        shape = widgets.Layout(grid_template_columns=f"repeat({columns}, 104px)", grid_gap="6px")
+        self.grid = widgets.GridBox(layout=shape)
         self.grid.add_class("pegasus-grid")
         self.status = widgets.HTML()
-        self.sort = widgets.Dropdown(options=sorts, description="Sort")
-        self.show = widgets.Dropdown(options=["all", "picked", "not picked"], description="Show")
-        turn = {"Previous": lambda _: self.turn(-1), "Next": lambda _: self.turn(1), "Undo": lambda _: picks.undo()}
+        narrow = {"layout": widgets.Layout(width="180px"), "style": {"description_width": "40px"}}
+        shown = ["all", "picked", "not picked"]
+        self.sort = widgets.Dropdown(options=sorts, description="Sort", **narrow)
+        self.show = widgets.Dropdown(options=shown, description="Show", **narrow)
+        actions = {
+            "Previous": lambda _: self.go_to(self.page - 1),
+            "Next": lambda _: self.go_to(self.page + 1),
+        }
+        actions["Undo"] = lambda _: picks.undo()
         if group in picks.candidates:
-            turn["Suggest"] = lambda _: picks.fill(group, self.sort.value)
-        self.buttons = {name: widgets.Button(description=name, layout=widgets.Layout(flex="0 0 auto")) for name in turn}
+            actions["Suggest"] = lambda _: picks.fill(group, self.sort.value)
+        fixed = widgets.Layout(width="88px", flex="0 0 auto")
+        self.buttons = {name: widgets.Button(description=name, layout=fixed) for name in actions}
         for name, button in self.buttons.items():
-            button.on_click(turn[name])
+            button.on_click(actions[name])
         for choice in (self.sort, self.show):
             choice.observe(lambda _: self.go_to(0), "value")
         picks.listeners.append(self.refresh)
-        bar = widgets.HBox([*self.buttons.values(), self.sort, self.show], layout=widgets.Layout(flex_flow="row wrap"))
+        wrap = widgets.Layout(flex_flow="row wrap")
+        bar = widgets.HBox([*self.buttons.values(), self.sort, self.show], layout=wrap)
         super().__init__([widgets.HTML(PICKER_STYLE), bar, self.status, self.grid])
         self.refresh()
 
@@ -1621,7 +1745,8 @@ class ImagePicker(widgets.VBox):
         """Picture and checkbox of a candidate, built on first use."""
         if index not in self.cells:
             picture = widgets.Image(value=jpeg(self.images[index]), format="jpeg", layout=self.picture_layout)
-            box = widgets.Checkbox(value=index in self.picks[self.group], description=f"#{index}", indent=False)
+            picked = index in self.picks[self.group]
+            box = widgets.Checkbox(value=picked, description=f"#{index}", indent=False)
             box.observe(lambda change: self.picks.change(self.group, index, change["new"]), "value")
             self.cells[index] = widgets.VBox([picture, box], layout=self.cell_layout)
             self.cells[index].add_class("pegasus-cell")
@@ -1635,9 +1760,6 @@ class ImagePicker(widgets.VBox):
             return order
         return [index for index in order if (index in picked) == (self.show.value == "picked")]
 
-    def turn(self, pages):
-        self.go_to(self.page + pages)
-
     def go_to(self, page):
         """Show a page, counted from 0; beyond the ends, the nearest there is."""
         order = self.visible()
@@ -1648,7 +1770,8 @@ class ImagePicker(widgets.VBox):
         self.refresh_status(pages)
 
     def refresh(self):
-        """Follow the picks: called after every change, whoever made it. Checkboxes that already agree do nothing."""
+        """Follow the picks: called after every change, whoever made it. Checkboxes that already agree do
+        nothing."""
         picked = set(self.picks[self.group])
         for index, cell in self.cells.items():
             cell.children[1].value = index in picked
@@ -1656,28 +1779,32 @@ class ImagePicker(widgets.VBox):
 
     def refresh_status(self, pages):
         """Rewrite the line above the grid; screen readers are told."""
-        count, target = len(self.picks[self.group]), 1 if self.group == "best" else self.picks.target
+        count, target = len(self.picks[self.group]), self.picks.target
         words = {"dark": f"{count} birds marked as dark-winged", "best": f"{count} of 1 best pegasus picked"}
         text = words.get(self.group, f"{count} of {target} {self.group}s picked")
-        text += f": remove {count - target}" if count > target and self.group in self.picks.candidates else ""
+        if self.group in self.picks.candidates and count > target:
+            text += f": remove {count - target}"
+        saved = f"{self.picks.origin} picks, saved"
         text += f" · page {self.page + 1} of {pages} · "
-        text += f"{self.picks.origin} picks, saved" if self.picks.saved else "NOT saved: " + self.picks.notes[-1]
+        text += saved if self.picks.saved else f"NOT saved: {self.picks.notes[-1]}"
         self.status.value = f'<span role="status" aria-live="polite">{text}</span>'
 
 
 # %% [markdown]
-# A checkbox is not a picture of a box but a variable: setting it from code runs the same path as a click. So we can check
-# the picker on a scratch file, without a browser.
+# A checkbox is not a picture of a box but a variable: setting it from code runs the same path as a click. So
+# we can check the picker on a scratch file, without a browser.
 
 # %%
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         crc32 = {"horse": horses.crc32, "bird": birds.crc32}
-        trial = PicksFile(Path(scratch) / "picks.json", Path(scratch) / "none", crc32, cfg.picks_per_class, "")
-        picker = ImagePicker(birds.images, trial, "bird", {"file order": range(len(birds.images))}, per_page=8)
+        file = (Path(scratch) / "picks.json", Path(scratch) / "none", crc32, cfg.picks_per_class, "")
+        trial = PicksFile(*file)
+        orders = {"file order": range(len(birds.images))}
+        picker = ImagePicker(birds.images, trial, "bird", orders, per_page=8)
         picker.cell(3).children[1].value = True  # a click on bird 3
         trial.change("dark", 3, True)
-        again = PicksFile(trial.path, Path(scratch) / "none", crc32, cfg.picks_per_class, "")
+        again = PicksFile(*file)
         assert again["bird"] == [3] and again["dark"] == [3], "what was clicked is in the file"
         picker.cell(3).children[1].value = False
         assert trial["dark"] == [], "an unpicked bird loses its mark"
@@ -1685,13 +1812,14 @@ if __name__ == "__main__":
         assert trial["bird"] == [3] and trial["dark"] == [3] and picker.cell(3).children[1].value
         picker.buttons["Suggest"].click()
         assert len(trial.require("bird")) == cfg.picks_per_class
-        print("one bird picked, marked, unpicked, restored;", picker.status.value.split(">")[1].split(" ·")[0])
+        print(f"picked, marked, unpicked, restored, filled up: {len(trial['bird'])} birds")
 
 # %% [markdown]
 # ### Pick
 #
-# Below are the pickers. In a static view of this notebook you see only their names; the sheets that follow show the
-# picks. While a checkbox has the focus, do not type letters: Jupyter takes `x` for "cut this cell" (`z` brings it back).
+# Below are the pickers. In a static view of this notebook you see only their names; the sheets that follow
+# show the picks. While a checkbox has the focus, do not type letters: Jupyter takes `x` for "cut this cell"
+# (`z` brings it back).
 
 
 # %%
@@ -1714,7 +1842,7 @@ if __name__ == "__main__":
     for note in picks.notes:
         print(note)
     if picks.origin == "none":
-        print("the shipped picks were made on other data: suggesting horses and birds, which you can change below")
+        print("the shipped picks were made on other data: these are suggestions, for you to change")
         picks.fill("horse", horse_sorts["whitest first"])
         picks.fill("bird", bird_sorts["widest first"])
     horse_picker = ImagePicker(horses.images, picks, "horse", horse_sorts)
@@ -1728,8 +1856,8 @@ if __name__ == "__main__":
         display(bird_picker)
 
 # %% [markdown]
-# Now mark the birds whose wings are darker than what is behind them. A code and its negative swap light and dark (we
-# shall see how well), so a marked bird comes out with light wings.
+# Now mark the birds whose wings are darker than what is behind them. A code and its negative swap light and
+# dark (we shall see how well), so a marked bird comes out with light wings.
 
 # %%
 if __name__ == "__main__":
@@ -1743,7 +1871,8 @@ if __name__ == "__main__":
 
 # %%
 def contact_sheet(images, name, alt, title):
-    """Show images (N, 3, H, W) as a sheet of rows of 16, labelled with the position of each row's first image."""
+    """Show images (N, 3, H, W) as a sheet of rows of 16, labelled with the position of each row's first
+    image."""
     blanks = torch.ones(-len(images) % 16, *images.shape[1:])
     parts = torch.cat([as_float(images), blanks]).split(16)
     show_rows({str(16 * row): part for row, part in enumerate(parts)}, name, alt, title)
@@ -1752,54 +1881,66 @@ def contact_sheet(images, name, alt, title):
 if __name__ == "__main__":
     horse_picks, bird_picks = picks.require("horse"), picks.require("bird")
     dark_winged = torch.tensor([bird in picks["dark"] for bird in bird_picks])  # (picks_per_class,)
-    print(
-        f"{picks.origin} picks: {len(horse_picks)} horses, {len(bird_picks)} birds, {dark_winged.sum()} with dark wings"
-    )
-    contact_sheet(horses.images[horse_picks], "horses", "Sheet of picked white horses", "Picked horses")
-    contact_sheet(birds.images[bird_picks], "birds", "Sheet of picked birds, many with open wings", "Picked birds")
+    counts = f"{len(horse_picks)} horses, {len(bird_picks)} birds, {dark_winged.sum()} with dark wings"
+    print(f"{picks.origin} picks: {counts}")
+    alt = "Sheet of the picked horses, most of them white"
+    contact_sheet(horses.images[horse_picks], "horses", alt, "Picked horses")
+    alt = "Sheet of the picked birds, white ones and birds with open wings"
+    contact_sheet(birds.images[bird_picks], "birds", alt, "Picked birds")
 
 # %% [markdown]
-# A horse should be whole, pale, and alone; a bird pale or wide. A head without a body makes a pegasus without a body, and
-# whatever fills the picture besides the animal ends up in the mixture too.
+# A horse should be whole, pale, and alone; a bird pale or wide. A head without a body makes a pegasus without
+# a body, and whatever fills the picture besides the animal ends up in the mixture too.
 
 # %% [markdown]
 # ## What can be done to a code
 #
-# **Paper.** Codes of birds with dark wings are multiplied by -1, which "appears to flip the colours to some extent".
+# **Paper.** Codes of birds with dark wings are multiplied by -1, which "appears to flip the colours to some
+# extent".
 #
-# Why should it? The prior only *allows* it: $\mathcal N(0, I)$ is symmetric, so $-z$ is exactly as probable as $z$, and
-# the decoder must have something sensible to draw there. That the something has opposite colours is a matter of
-# experience. The code measures a picture's departure from the average one; if the decoder were linear,
-# $D(\bar z + \delta)$ and $D(\bar z - \delta)$ would depart from the average picture by opposite amounts. So we measure: take the brightness of
-# $D(z)$ and of $D(-z)$, subtract the mean picture, and correlate over pixels. A perfect negative is -1.
+# Why should it? The prior only *allows* it: $\mathcal N(0, I)$ is symmetric, so $-z$ is exactly as probable
+# as $z$, and the decoder must have something sensible to draw there. That the something has opposite colours
+# is a matter of experience. The code measures a picture's departure from the average one; if the decoder were
+# linear, $D(\bar z + \delta)$ and $D(\bar z - \delta)$ would depart from the average picture by opposite
+# amounts. So we measure: take the brightness of $D(z)$ and of $D(-z)$, subtract the mean picture, and
+# correlate over pixels. A perfect negative is -1.
 
 
 # %%
+def opposition(vae, z):
+    """Correlation over pixels of the brightness of D(z) and D(-z), both less the mean picture; z (N, D) ->
+    (N,)."""
+    same, flipped = (decode_images(vae, code).mean(dim=1).flatten(1) for code in (z, -z))  # (N, H * W)
+    departures = [brightness - same.mean(dim=0) for brightness in (same, flipped)]
+    return F.cosine_similarity(*(d - d.mean(dim=1, keepdim=True) for d in departures), dim=1)
+
+
 if __name__ == "__main__":
-    z = evenly_spread(torch.cat([horses.latents, birds.latents]), 512)  # (512, latent_dim)
-    same, flipped = (decode_images(vae, code).mean(dim=1).flatten(1) for code in (z, -z))  # (512, H * W) brightness
-    pairs = torch.stack([same, flipped]) - same.mean(dim=0)  # departures from the mean picture
-    correlation = F.cosine_similarity(*(pairs - pairs.mean(dim=2, keepdim=True)), dim=1)  # (512,)
-    print(f"correlation of D(z) and D(-z) over {len(z)} candidates: mean {correlation.mean():.2f}", end=", ")
+    correlation = opposition(vae, evenly_spread(torch.cat([horses.latents, birds.latents]), 512))
+    strong = (correlation < -0.5).float().mean()
     print(
-        f"negative for {(correlation < 0).float().mean():.0%}, below -0.5 for {(correlation < -0.5).float().mean():.0%}"
+        f"correlation of D(z) and D(-z), over {len(correlation)} candidates: mean {correlation.mean():.2f},"
     )
-    some = ([bird for bird in bird_picks if bird in picks["dark"]] + bird_picks)[:16]
+    print(f"weakest {correlation.max():.2f}; below -0.5 for {strong:.0%} of them")
+
+# %%
+if __name__ == "__main__":
+    some = ([bird for bird in bird_picks if bird in picks["dark"]] + bird_picks)[:16]  # the dark ones first
     rows = {"bird": birds.images[some], "D(z)": decode_images(vae, birds.latents[some])}
     rows["D(-z)"] = decode_images(vae, -birds.latents[some])
     alt = "Sixteen birds, their copies, and what the negated codes draw: light and dark are exchanged"
     show_rows(rows, "flip", alt, "The same code with the opposite sign")
 
 # %% [markdown]
-# A dark bird on a bright sky becomes a light shape on a dark ground: the claim holds, with a condition the paper does
-# not mention. The background is negated with the wings, so a dark bird on a *dark* ground gains nothing. Mark a
-# bird by its contrast to what is behind it.
+# A dark bird on a bright sky becomes a light shape on a dark ground: the claim holds, with a condition the
+# paper does not mention. The background is negated with the wings, so a dark bird on a *dark* ground gains
+# nothing. Mark a bird by its contrast to what is behind it.
 
 # %% [markdown]
 # ### Between two codes
 #
-# **Paper.** Linear interpolation with weight $w = 0.6$ in favour of the horse,
-# $z = w \, z_\text{horse} \pm (1 - w) \, z_\text{bird}$, minus for dark wings.
+# **Paper.** Linear interpolation with weight $w = 0.6$ in favour of the horse, $z = w \, z_\text{horse} \pm
+# (1 - w) \, z_\text{bird}$, minus for dark wings.
 
 
 # %%
@@ -1811,7 +1952,7 @@ def make_pegasus(horse_mu, bird_mu, dark_winged, horse_weight=0.6):
     """
     if horse_mu.shape != bird_mu.shape or dark_winged.shape != horse_mu.shape[:1]:
         shapes = [tuple(t.shape) for t in (horse_mu, bird_mu, dark_winged)]
-        raise ValueError(f"horse_mu, bird_mu and dark_winged need shapes (N, D), (N, D) and (N,), not {shapes}")
+        raise ValueError(f"horse_mu, bird_mu, dark_winged must be (N, D), (N, D), (N,), not {shapes}")
     if not 0 <= horse_weight <= 1:
         raise ValueError(f"horse_weight is between 0 and 1, not {horse_weight}")
     sign = 1 - 2 * dark_winged.to(bird_mu.dtype)[:, None]  # -1 for dark wings, else 1
@@ -1819,48 +1960,52 @@ def make_pegasus(horse_mu, bird_mu, dark_winged, horse_weight=0.6):
 
 
 # %% [markdown]
-# In 512 dimensions two unrelated vectors are almost at right angles. Then the length of the mixture is not between
-# the lengths of its parents but below both: $\sqrt{0.6^2 + 0.4^2} = 0.72$ of them. Since distance from the origin is
-# distance from the average picture, the mixture is paler than either parent. Two remedies: stretch the result to its
-# parents' mean length, or go from one to the other along an arc (*spherical* interpolation).
+# In 512 dimensions two unrelated vectors are almost at right angles. Then the length of the mixture is not
+# between the lengths of its parents but below both: $\sqrt{0.6^2 + 0.4^2} = 0.72$ of them. Since distance
+# from the origin is distance from the average picture, the mixture is paler than either parent. Two remedies:
+# stretch the result to its parents' mean length, or go from one to the other along an arc (*spherical*
+# interpolation).
 
 
 # %%
 def restore_norm(z, horse_mu, bird_mu, horse_weight=0.6):
     """z stretched to the weighted mean length of its parents. All (N, latent_dim)."""
-    length = horse_weight * horse_mu.norm(dim=1) + (1 - horse_weight) * bird_mu.norm(dim=1)
+    length = horse_weight * horse_mu.norm(dim=1) + (1 - horse_weight) * bird_mu.norm(dim=1)  # (N,)
     return z * (length / z.norm(dim=1).clamp_min(1e-8))[:, None]
 
 
 def slerp(horse_mu, bird_mu, horse_weight=0.6):
-    """Spherical interpolation: the point at 1 - horse_weight of the angle from horse to bird. All (N, latent_dim)."""
-    angle = torch.acos(F.cosine_similarity(horse_mu, bird_mu, dim=1).clamp(-0.9999, 0.9999))[:, None]  # (N, 1)
-    return (torch.sin(horse_weight * angle) * horse_mu + torch.sin((1 - horse_weight) * angle) * bird_mu) / torch.sin(
-        angle
-    )
+    """Spherical interpolation: the point at 1 - horse_weight of the angle from horse to bird. All (N,
+    latent_dim)."""
+    cosine = F.cosine_similarity(horse_mu, bird_mu, dim=1)[:, None]
+    angle = torch.acos(cosine.clamp(-0.9999, 0.9999))  # (N, 1)
+    horse_part = torch.sin(horse_weight * angle) * horse_mu
+    bird_part = torch.sin((1 - horse_weight) * angle) * bird_mu
+    return (horse_part + bird_part) / torch.sin(angle)
 
 
 # %%
 if __name__ == "__main__":
-    horse_mu, bird_mu = horses.latents[horse_picks], birds.latents[bird_picks]  # (picks_per_class, latent_dim)
+    horse_mu = horses.latents[horse_picks]  # (picks_per_class, latent_dim)
+    bird_mu = birds.latents[bird_picks]  # (picks_per_class, latent_dim)
     pegasus_mu = make_pegasus(horse_mu, bird_mu, dark_winged, cfg.horse_weight)
     stretched = restore_norm(pegasus_mu, horse_mu, bird_mu, cfg.horse_weight)
     arc = slerp(horse_mu, torch.where(dark_winged[:, None], -bird_mu, bird_mu), cfg.horse_weight)
-    lengths = {"horses": horse_mu, "birds": bird_mu, "mixtures": pegasus_mu, "stretched": stretched, "on the arc": arc}
-    print("mean length:", ", ".join(f"{name} {z.norm(dim=1).mean():.1f}" for name, z in lengths.items()))
+    codes = {"horses": horse_mu, "birds": bird_mu, "mixtures": pegasus_mu, "stretched": stretched, "arc": arc}
+    print("mean length:", ", ".join(f"{name} {z.norm(dim=1).mean():.1f}" for name, z in codes.items()))
     ratio = pegasus_mu.norm(dim=1) / (0.5 * (horse_mu.norm(dim=1) + bird_mu.norm(dim=1)))
-    print(f"mixture against its parents: {ratio.mean():.2f} (0.72 for right angles, weight 0.6 and equal lengths)")
+    print(f"mixture to parents: {ratio.mean():.2f} (0.72 for right angles, weight 0.6 and equal lengths)")
     assert torch.equal(make_pegasus(horse_mu, bird_mu, dark_winged, 1.0), horse_mu), "weight 1 is the horse"
     rows = {"horse": horses.images[horse_picks[:12]], "bird": birds.images[bird_picks[:12]]}
     rows |= {"plain": pegasus_mu[:12], "stretched": stretched[:12], "arc": arc[:12]}
     rows |= {name: decode_images(vae, rows[name]) for name in ("plain", "stretched", "arc")}
-    alt = "Twelve pairs of horse and bird, and three ways of mixing them; the second and third have more contrast"
+    alt = "Twelve pairs of horse and bird, and three mixtures of each; the last two have more contrast"
     show_rows(rows, "interpolation", alt, f"Mixing with weight {cfg.horse_weight} for the horse")
 
 # %% [markdown]
-# Plain mixtures are the paper's: the safest and the palest. Stretched ones have the contrast of photographs, and show
-# shapes that the plain ones only hint at; they also commit to more nonsense. The arc does nearly the same as
-# stretching. We keep the paper's recipe for the batch, and show the stretched batch beside it.
+# Plain mixtures are the paper's: the safest and the palest. Stretched ones have the contrast of photographs,
+# and show shapes that the plain ones only hint at; they also commit to more nonsense. The arc does nearly the
+# same as stretching. We keep the paper's recipe for the batch, and show the stretched batch beside it.
 
 # %% [markdown]
 # ## The 64 pegasi
@@ -1870,7 +2015,8 @@ if __name__ == "__main__":
 
 # %%
 def show_batch(images, name, alt, title):
-    """Show a batch of images (N, 3, H, W) in rows of 8, each row labelled with the position of its first image."""
+    """Show a batch of images (N, 3, H, W) in rows of 8, each row labelled with the position of its first
+    image."""
     rows = as_float(images).split(8)
     blanks = torch.ones(8 - len(rows[-1]), *images.shape[1:])
     rows = {str(8 * i): torch.cat([row, blanks]) if len(row) < 8 else row for i, row in enumerate(rows)}
@@ -1886,12 +2032,19 @@ if __name__ == "__main__":
         save_image(pegasus, folder / f"{position:02d}.png")
     alt = "Eight by eight generated pictures: pale shapes between horse and bird"
     show_batch(pegasi, "pegasus", alt, f"{len(pegasi)} pegasi, as the paper makes them")
+
+# %%
+if __name__ == "__main__":
+    pegasi_stretched = decode_images(vae, stretched)
     alt = "The same batch with the length of the codes restored: more contrast, clearer shapes"
-    show_batch(decode_images(vae, stretched), "pegasus_stretched", alt, "The same with the parents' length of the code")
+    show_batch(
+        pegasi_stretched, "pegasus_stretched", alt, "The same pairs, stretched to their parents' length"
+    )
 
 # %% [markdown]
-# Look for a pale body on legs with something rising from its back. Most are pale horses with a blur where the bird
-# was. A row that looks like photographs would be a warning: then the weight was wrong, and parents are shown.
+# Look for a pale body on legs with something rising from its back. Most are pale horses with a blur where the
+# bird was. A row that looks like photographs would be a warning: then the weight was wrong, and parents are
+# shown.
 
 # %% [markdown]
 # ### The best one
@@ -1901,23 +2054,25 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     batch = (pegasi * 255).round().byte()
-    best_picker = ImagePicker(batch, picks, "best", {"as in the batch": range(len(batch))}, per_page=64)
+    orders = {"as in the batch": range(len(batch)), "whitest first": whitest_first(batch)}
+    best_picker = ImagePicker(batch, picks, "best", orders, per_page=64)
     if in_notebook:
         display(best_picker)
 
 # %%
 if __name__ == "__main__":
-    best = picks["best"][0] if picks["best"] else whitest_first(batch)[0]
-    chosen = f"{picks.origin} pick" if picks["best"] else "the whitest before its background; nobody has picked yet"
-    save_image(
-        F.interpolate(pegasi[best][None], scale_factor=4, mode="bicubic").clamp(0, 1), cfg.output_dir / "best.png"
-    )
+    best = (picks["best"] or whitest_first(batch))[0]
+    chosen = f"{picks.origin} pick" if picks["best"] else "the whitest, since nobody has picked one yet"
+    large = F.interpolate(pegasi[best : best + 1], scale_factor=4, mode="bicubic").clamp(0, 1)
+    save_image(large, cfg.output_dir / "best.png")
     print(f"best pegasus: number {best} ({chosen}), {cfg.output_dir / 'best.png'}")
-    family = [as_float(horses.images[horse_picks[best]]), as_float(birds.images[bird_picks[best]]), pegasi[best]]
-    family = torch.stack([*family, decode_images(vae, stretched[best : best + 1])[0]])
-    flipped = ", code negated" if dark_winged[best] else ""
-    title = f"Number {best}: horse, bird{flipped}, their pegasus, the same stretched"
-    show_rows({"": family}, "best_family", "A horse, a bird, and the pegasus between them, large", title)
+    parents = [as_float(horses.images[horse_picks[best]]), as_float(birds.images[bird_picks[best]])]
+    family = torch.stack([*parents, pegasi[best], pegasi_stretched[best]])
+    negated = ", its code negated" if dark_winged[best] else ""
+    alt = "Four large pictures: a horse, a bird, and the pegasus between them, plain and stretched"
+    show_rows(
+        {"": family}, "best_family", alt, f"Number {best}: horse, bird{negated}, their pegasus, stretched"
+    )
 
 # %% [markdown]
 # ## How good are they?
@@ -1930,111 +2085,112 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     weights = [round(0.1 * step, 1) for step in range(11)]
-    sweep = torch.stack(
-        [decode_images(vae, make_pegasus(horse_mu[:6], bird_mu[:6], dark_winged[:6], w)) for w in weights]
-    )
+    six = horse_mu[:6], bird_mu[:6], dark_winged[:6]
+    sweep = torch.stack([decode_images(vae, make_pegasus(*six, weight)) for weight in weights])
     rows = {f"pair {pair}": sweep[:, pair] for pair in range(6)}  # each (11, 3, H, W)
     alt = "Six rows of eleven pictures: each row goes from a bird on the left to a horse on the right"
-    show_rows(rows, "sweep", alt, "Weight of the horse: 0, 0.1, ... 1 from left to right")
+    show_rows(rows, "sweep", alt, "Weight of the horse, from left to right: 0, 0.1, ... 1")
 
 # %% [markdown]
-# Around the middle neither parent is left, only a pale average. At 0.6 the horse's legs and back are just there again
-# and the bird can still be guessed; from 0.8 on, it is a horse. The paper's weight is where the change happens.
+# Around the middle neither parent is left, only a pale average. At 0.6 the horse's legs and back are just
+# there again and the bird can still be guessed; from 0.8 on, it is a horse. The paper's weight is where the
+# change happens.
 
 # %% [markdown]
 # ### White, and different from each other
 #
 # **Paper.** "Nearly all the pegasus in the batch are white." Whiteness is the measure of the sort above: the
-# smallest of red, green and blue, averaged over the middle of the picture. For diversity, take the distance of two
-# pictures, root mean square over pixels, averaged over all pairs of a set.
+# smallest of red, green and blue, averaged over the middle of the picture. For diversity, take the distance
+# of two pictures, root mean square over pixels, averaged over all pairs of a set.
 
 
 # %%
 def diversity(images):
-    """Mean distance between two images of (N, 3, H, W): root mean square over pixels, averaged over all pairs."""
+    """Mean distance between two images of (N, 3, H, W): root mean square over pixels, averaged over all
+    pairs."""
     return (torch.pdist(as_float(images).flatten(1)) / images[0].numel() ** 0.5).mean().item()
 
 
-# %%
 if __name__ == "__main__":
-    copies = {"horse": decode_images(vae, horse_mu), "bird": decode_images(vae, bird_mu)}
     groups = {"all horses": horses.images, "picked horses": horses.images[horse_picks]}
-    groups |= {"copies of picked horses": copies["horse"], "copies of picked birds": copies["bird"], "pegasi": pegasi}
-    groups["pegasi, stretched"] = decode_images(vae, stretched)
-    figure, axes = plt.subplots(figsize=(9, 3), layout="constrained")
-    axes.boxplot([whiteness(images).numpy() for images in groups.values()], orientation="horizontal", widths=0.6)
-    axes.set_yticks(range(1, len(groups) + 1), list(groups))
-    axes.invert_yaxis()
-    axes.set(xlabel="whiteness (0 black or saturated, 1 white)", title="How white are they?", xlim=(0, 1))
-    show_figure(figure, "whiteness", "Box plots of whiteness for horses, picks, copies and pegasi")
+    groups["copies of picked horses"] = decode_images(vae, horse_mu)
+    groups["copies of picked birds"] = decode_images(vae, bird_mu)
+    groups |= {"pegasi": pegasi, "pegasi, stretched": pegasi_stretched}
     for name, images in groups.items():
-        print(
-            f"{name:>24}: whiteness {whiteness(images).mean():.2f}, diversity {diversity(evenly_spread(images, 64)):.3f}"
-        )
-    bar = whiteness(horses.images).median()
-    whiter = (whiteness(pegasi) > bar).float().mean()
+        spread = diversity(evenly_spread(images, cfg.picks_per_class))
+        print(f"{name:>24}: whiteness {whiteness(images).mean():.2f}, diversity {spread:.3f}")
+    whiter = (whiteness(pegasi) > whiteness(horses.images).median()).float().mean()
     print(f"{whiter:.0%} of the pegasi are whiter than the median horse of the test split")
 
+# %%
+if __name__ == "__main__":
+    figure, axes = plt.subplots(figsize=(9, 3), layout="constrained")
+    values = [whiteness(images).numpy() for images in groups.values()]
+    axes.boxplot(values, orientation="horizontal", widths=0.6)
+    axes.set_yticks(range(1, len(groups) + 1), list(groups))
+    axes.invert_yaxis()
+    axes.set(xlabel="whiteness (0 black or saturated, 1 white)", xlim=(0, 1))
+    show_figure(figure, "whiteness", "Box plots of whiteness for horses, picks, copies and pegasi")
+
 # %% [markdown]
-# Read the boxes from top to bottom: picking made the horses white, copying and mixing cost some of it. The diversity of
-# pegasi must be compared with the copies', since blur alone brings pictures closer together; a
+# Read the boxes from top to bottom: picking made the horses white, copying and mixing cost some of it. The
+# diversity of pegasi must be compared with the copies', since blur alone brings pictures closer together; a
 # batch in which all were alike would show near 0.
 
 # %% [markdown]
 # ### Copied, or new?
 #
-# A generator could cheat by storing its training pictures. For eight pegasi, the best first, we look for the nearest
-# picture, by pixels and by code. Nearest by code must be its own parents or something close to them; by pixels, among the
-# training photographs where a data folder is present, otherwise among the candidates.
+# A generator could cheat by storing its training pictures. For eight pegasi, the best first, we look for the
+# nearest picture, by pixels and by code. Nearest by code must be its own parents or something close to them;
+# by pixels, among the training photographs where a data folder is present, otherwise among the candidates.
 
 
 # %%
 def nearest(queries, pool, chunk=2048):
-    """Index in pool (M, ...) of the nearest to each of queries (N, ...), by Euclidean distance; and that distance, (N,)."""
+    """The nearest of pool (M, ...) to each of queries (N, ...), by Euclidean distance: indices and
+    distances, (N,)."""
     queries = as_float(queries).flatten(1)
     parts = progress(pool.split(chunk), "searching")
-    distance = torch.cat([torch.cdist(queries, as_float(part).flatten(1)) for part in parts], dim=1)  # (N, M)
+    distance = [torch.cdist(queries, as_float(part).flatten(1)) for part in parts]  # of (N, chunk)
+    distance = torch.cat(distance, dim=1)  # (N, M)
     return distance.argmin(dim=1), distance.amin(dim=1)
 
 
 # %%
 if __name__ == "__main__":
-    eight = [best, *(i for i in whitest_first(batch) if i != best)][:8]
-    pool_images = torch.cat([horses.images, birds.images])
-    pool_latents = torch.cat([horses.latents, birds.latents])
-    by_code, _ = nearest(pegasus_mu[eight], pool_latents)
-    name, photographs = (
-        ("training", load_images(cfg, "train+unlabeled")) if find_data(cfg) else ("candidates", pool_images)
-    )
-    by_pixel, distance = nearest(pegasi[eight], photographs)
-    rows = {"pegasus": pegasi[eight], f"{name},\nby pixels": as_float(photographs[by_pixel])}
-    rows["candidates,\nby code"] = as_float(pool_images[by_code])
+    eight = [best, *(position for position in whitest_first(batch) if position != best)][:8]
+    candidates = torch.cat([horses.images, birds.images])
+    by_code, _ = nearest(pegasus_mu[eight], torch.cat([horses.latents, birds.latents]))
+    name, photographs = "candidates", candidates
+    if find_data(cfg):
+        name, photographs = "training", load_images(cfg, "train+unlabeled")
+    by_pixels, distance = nearest(pegasi[eight], photographs)
+    rows = {"pegasus": pegasi[eight], f"{name},\nby pixels": as_float(photographs[by_pixels])}
+    rows["candidates,\nby code"] = as_float(candidates[by_code])
     alt = "Eight pegasi above the pictures that are nearest to them; none is the same picture"
     show_rows(rows, "nearest", alt, "Nearest pictures")
-    parents = {horse_picks[i] for i in eight} | {len(horses.images) + bird_picks[i] for i in eight}
-    print(
-        f"distance to the nearest by pixels: {distance.min() / pegasi[0].numel() ** 0.5:.3f} at the least, rms",
-        end="; ",
-    )
-    print(
-        f"{sum(i.item() in parents for i in by_code)} of {len(eight)} are nearest, by code, to a parent of one of the eight"
-    )
+    rms = distance / pegasi[0].numel() ** 0.5
+    print(f"rms distance to the nearest picture by pixels: {rms.min():.3f} to {rms.max():.3f}")
+    parents = [(horse_picks[i], len(horses.images) + bird_picks[i]) for i in eight]
+    own = sum(code.item() in pair for code, pair in zip(by_code, parents))
+    print(f"nearest by code is one of its own parents for {own} of {len(eight)}")
 
 # %% [markdown]
-# The nearest pictures share a pegasus's large areas, its ground and its pale middle, and not its shape. If one of
-# them were the pegasus itself, only sharper, the batch would be a collage of what was learned by heart.
+# The nearest pictures share a pegasus's large areas, its ground and its pale middle, and not its shape. If
+# one of them were the pegasus itself, only sharper, the batch would be a collage of what was learned by
+# heart.
 
 # %% [markdown]
 # ## Limits
 #
-# - **Blur.** The posterior mean of 512 numbers does not carry legs and feathers, and a pixel-wise loss averages
-#   over them. The paper hopes for deeper stacks; the more direct remedies are a loss that sees texture, or a code that keeps its
-#   place in the picture.
-# - **Wings.** The bird's wings are mixed in where they are in *its* picture. Only by luck is that the horse's back.
-#   One code for the whole picture cannot say "these wings, there".
+# - **Blur.** The posterior mean of 512 numbers does not carry legs and feathers, and a pixel-wise loss
+#   averages over them. The paper hopes for deeper stacks; the more direct remedies are a loss that sees
+#   texture, or a code that keeps its place in the picture.
+# - **Wings.** The bird's wings are mixed in where they are in *its* picture. Only by luck is that the horse's
+#   back. One code for the whole picture cannot say "these wings, there".
 # - **The sign.** Negation flips the background with the wings.
-# - **The data.** Half of what the network learned about the test pictures' classes comes from 32-pixel photographs.
-#   A horse that is white, whole and alone is rare: the last dozen of our 64 are grey or cream.
+# - **The data.** Half of what the network learned about the test pictures' classes comes from 32-pixel
+#   photographs. A horse that is white, whole and alone is rare: the last dozen of our 64 are grey or cream.
 # - **Judging.** Whiteness and distances can be computed, "looks like a pegasus" cannot. We looked.
 #
 # ### Paper and notebook, claim by claim
@@ -2058,24 +2214,33 @@ if __name__ == "__main__":
 #
 # ### Exercises
 #
-# 1. Set `horse_weight` to 0.5 for dark-winged and 0.7 for other birds. Which pairs profit, and can you see why in the sweep?
-# 2. Encode each bird also mirrored (`images.flip(3)`) and take, for each pair, the version nearer to the horse's code.
-#    How does the count of convincing pegasi change?
-# 3. Train with `PEGASUS_KL_WEIGHT=0` and draw from the prior. Then make pegasi. Which of the two suffers, and why not both?
-# 4. Train with `PEGASUS_BLOCKS_PER_STAGE=2` and compare PSNR at equal *time* and at equal *epochs*. Was the paper's hope right?
-# 5. Negate only the direction in which dark-winged and light-winged birds differ (the difference of their mean codes)
-#    instead of the whole code. What happens to the background?
-# 6. Replace the posterior mean by draws from the posterior, sixteen for one pair. What varies, and is it what you would call detail?
+# 1. Set `horse_weight` to 0.5 for dark-winged and 0.7 for other birds. Which pairs profit, and can you see
+#    why in the sweep?
+# 2. Encode each bird also mirrored (`images.flip(3)`) and take, for each pair, the version nearer to the
+#    horse's code. How does the count of convincing pegasi change?
+# 3. Train with `PEGASUS_KL_WEIGHT=0` and draw from the prior. Then make pegasi. Which of the two suffers, and
+#    why not both?
+# 4. Train with `PEGASUS_BLOCKS_PER_STAGE=2` and compare PSNR at equal *time* and at equal *epochs*. Was the
+#    paper's hope right?
+# 5. Negate only the direction in which dark-winged and light-winged birds differ (the difference of their
+#    mean codes) instead of the whole code. What happens to the background?
+# 6. Replace the posterior mean by draws from the posterior, sixteen for one pair. What varies, and is it what
+#    you would call detail?
 #
 # ### References
 #
-# 1. N. Srivastava, G. Hinton, A. Krizhevsky, I. Sutskever, R. Salakhutdinov. Dropout: a simple way to prevent neural
-#    networks from overfitting. JMLR 15, 2014.
-# 2. S. Ioffe, C. Szegedy. Batch normalization: accelerating deep network training by reducing internal covariate shift. ICML 2015.
+# 1. N. Srivastava, G. Hinton, A. Krizhevsky, I. Sutskever, R. Salakhutdinov. Dropout: a simple way to prevent
+#    neural networks from overfitting. JMLR 15, 2014.
+# 2. S. Ioffe, C. Szegedy. Batch normalization: accelerating deep network training by reducing internal
+#    covariate shift. ICML 2015.
 # 3. K. He, X. Zhang, S. Ren, J. Sun. Deep residual learning for image recognition. CVPR 2016.
-# 4. J. Klys, J. Snell, R. Zemel. Learning latent subspaces in variational autoencoders. NeurIPS 2018, arXiv:1812.06190.
+# 4. J. Klys, J. Snell, R. Zemel. Learning latent subspaces in variational autoencoders. NeurIPS 2018,
+#    arXiv:1812.06190.
 # 5. D. P. Kingma, M. Welling. Auto-encoding variational Bayes. ICLR 2014, arXiv:1312.6114.
-# 6. A. Coates, H. Lee, A. Y. Ng. An analysis of single-layer networks in unsupervised feature learning (STL-10). AISTATS 2011.
+# 6. A. Coates, H. Lee, A. Y. Ng. An analysis of single-layer networks in unsupervised feature learning
+#    (STL-10). AISTATS 2011.
 # 7. A. Krizhevsky. Learning multiple layers of features from tiny images (CIFAR-10). Technical report, 2009.
-# 8. L. Fei-Fei, R. Fergus, P. Perona. Learning generative visual models from few training examples (Caltech-101). CVPR workshop, 2004.
-# 9. D. Li, Y. Yang, Y.-Z. Song, T. M. Hospedales. Deeper, broader and artier domain generalization (PACS). ICCV 2017.
+# 8. L. Fei-Fei, R. Fergus, P. Perona. Learning generative visual models from few training examples
+#    (Caltech-101). CVPR workshop, 2004.
+# 9. D. Li, Y. Yang, Y.-Z. Song, T. M. Hospedales. Deeper, broader and artier domain generalization (PACS).
+#    ICCV 2017.
