@@ -8,9 +8,10 @@ import jupytext
 import nbformat
 import numpy as np
 import pytest
-from conftest import ROOT
 from jupytext.compare import compare_notebooks
 from PIL import Image
+
+from conftest import ROOT
 
 PATH = ROOT / "pegasus_vae.ipynb"
 

@@ -1,0 +1,466 @@
+"""The file of picks and the picker, without a browser."""
+
+import errno
+import json
+import re
+import threading
+
+import pytest
+import torch
+
+HORSES, BIRDS = [1000 + i for i in range(12)], [2000 + i for i in range(12)]  # checksums of the candidates
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "picks.json"
+
+
+@pytest.fixture
+def shipped(tmp_path):
+    return tmp_path / "shipped.json"
+
+
+@pytest.fixture
+def open_picks(pv, path, shipped):
+    """Open the file of picks, as the notebook does when it is started; keywords change what is passed."""
+
+    def open_picks(path=path, shipped=shipped, horses=HORSES, birds=BIRDS, target=4, weights="one"):
+        return pv.PicksFile(path, shipped, {"horse": horses, "bird": birds}, target, weights)
+
+    return open_picks
+
+
+@pytest.fixture
+def picks(open_picks):
+    """Three horses, two birds of which one has dark wings, and a best pegasus; all on the disk."""
+    picks = open_picks()
+    for horse in (7, 2, 9):
+        picks.change("horse", horse, True)
+    for bird in (5, 3):
+        picks.change("bird", bird, True)
+    picks.change("dark", 5, True)
+    picks.change("best", 1, True)
+    return picks
+
+
+@pytest.fixture
+def ship(picks, path, shipped):
+    """Make the picks the shipped ones: the reader has none of their own yet."""
+    path.rename(shipped)
+
+
+def state(picks):
+    return {group: picks[group] for group in ("horse", "bird", "dark", "best")}
+
+
+PICKED = {"horse": [7, 2, 9], "bird": [5, 3], "dark": [5], "best": [1]}
+NOTHING = {"horse": [], "bird": [], "dark": [], "best": []}
+
+
+def edit(path, **changes):
+    """Change entries of a picks file by hand."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_was_picked_is_read_again_in_the_same_order(picks, open_picks):
+    again = open_picks()
+    assert state(again) == state(picks) == PICKED
+    assert again.origin == "your own" and again.notes == []
+
+
+def test_the_file_can_be_read_by_people(picks, path):
+    content = json.loads(path.read_text())
+    assert content["horse"] == [{"index": i, "crc32": HORSES[i]} for i in (7, 2, 9)]
+    assert content["bird"] == [{"index": 5, "crc32": BIRDS[5], "dark": True}, {"index": 3, "crc32": BIRDS[3]}]
+    assert content["data"]["split"] == "test" and content["version"] == 1
+
+
+def test_without_any_file_nothing_is_picked_and_nothing_is_written(open_picks, tmp_path):
+    picks = open_picks()
+    assert state(picks) == NOTHING and picks.origin == "none"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shipped_picks_are_used_until_the_reader_changes_one(ship, open_picks, path, shipped):
+    original = shipped.read_bytes()
+    picks = open_picks()
+    assert state(picks) == PICKED and picks.origin == "shipped" and not path.exists()
+    picks.change("horse", 0, True)
+    assert picks.origin == "your own"
+    assert open_picks()["horse"] == [7, 2, 9, 0]
+    assert shipped.read_bytes() == original
+
+
+def test_shipped_picks_are_cut_to_the_target_and_ignored_for_other_data(ship, open_picks):
+    assert open_picks(target=2)["horse"] == [7, 2]
+    other = open_picks(horses=HORSES[::-1])
+    assert state(other) == NOTHING and other.origin == "none"
+
+
+def test_the_best_pegasus_is_remembered_for_the_weights_that_made_it(picks, open_picks):
+    assert state(open_picks(weights="two")) == PICKED | {"best": []}
+    assert open_picks(weights="one")["best"] == [1]
+
+
+@pytest.mark.parametrize("group, index", [("horse", 0), ("bird", 0), ("dark", 3)])
+def test_other_parents_make_other_pegasi_so_the_best_is_forgotten(picks, group, index):
+    picks.change(group, index, True)
+    assert picks["best"] == []
+    picks.undo()
+    assert picks["best"] == [1]
+
+
+def test_only_one_can_be_the_best(picks):
+    picks.change("best", 3, True)
+    assert picks["best"] == [3]
+    picks.change("best", 3, False)
+    assert picks["best"] == []
+
+
+def test_an_unpicked_bird_loses_its_mark_and_an_undo_gives_it_back(picks, open_picks):
+    picks.change("bird", 5, False)
+    assert picks["bird"] == [3] and picks["dark"] == []
+    picks.undo()
+    assert state(picks) == state(open_picks()) == PICKED
+
+
+def test_only_a_picked_bird_can_be_marked(picks):
+    picks.change("dark", 0, True)
+    assert picks["dark"] == [5]
+
+
+def test_every_change_can_be_undone_to_the_beginning_and_no_further(picks, open_picks):
+    for _ in range(7):
+        assert state(picks) != NOTHING
+        picks.undo()
+    assert state(picks) == state(open_picks()) == NOTHING
+    picks.undo()
+    assert state(picks) == NOTHING
+
+
+def test_a_change_that_changes_nothing_is_no_step_for_undo(picks):
+    picks.change("horse", 7, True)
+    picks.change("horse", 0, False)
+    picks.undo()
+    assert state(picks) == PICKED | {"best": []}
+
+
+def test_what_is_handed_out_is_a_copy(picks):
+    picks["horse"].append(11)
+    assert picks["horse"] == [7, 2, 9]
+
+
+def test_filling_keeps_earlier_picks_stops_at_the_target_and_is_one_step_for_undo(picks, open_picks):
+    picks.fill("bird", [3, 8, 5, 1, 0])
+    assert picks["bird"] == open_picks()["bird"] == [5, 3, 8, 1] and picks["dark"] == [5]
+    picks.fill("bird", range(12))
+    assert picks["bird"] == [5, 3, 8, 1]
+    picks.undo()
+    picks.undo()
+    assert state(picks) == PICKED
+
+
+def test_filling_takes_the_indices_of_a_tensor(picks, open_picks):
+    picks.fill("horse", torch.tensor([4, 7]))
+    assert open_picks()["horse"] == [7, 2, 9, 4]
+
+
+def test_enough_picks_are_handed_over(picks):
+    picks.change("horse", 0, True)
+    assert picks.require("horse") == [7, 2, 9, 0]
+
+
+@pytest.mark.parametrize(
+    "birds, message", [([], "2 of 4 birds picked: pick 2 more"), ([0, 1, 2, 4], "6 of 4 birds picked: remove 2")]
+)
+def test_too_few_and_too_many_picks_are_refused_with_what_to_do(pv, picks, birds, message):
+    for bird in birds:
+        picks.change("bird", bird, True)
+    with pytest.raises(pv.ReaderError, match=message):
+        picks.require("bird")
+
+
+UNREADABLE = {
+    "not JSON": b"horses: 7, 2, 9",
+    "not text": b"\x80\x81\x82",
+    "empty": b"",
+    "a list": b"[]",
+    "a number": b"7",
+    "without its parts": b"{}",
+}
+
+
+@pytest.mark.parametrize("content", [*UNREADABLE.values(), None], ids=[*UNREADABLE, "truncated"])
+def test_an_unreadable_file_is_set_aside_and_the_shipped_picks_are_used(pv, ship, open_picks, path, shipped, content):
+    content = shipped.read_bytes()[:-40] if content is None else content
+    path.write_bytes(content)
+    picks = open_picks()
+    assert state(picks) == PICKED and picks.origin == "shipped"
+    (aside,) = path.parent.glob("picks.bad-*.json")
+    assert aside.read_bytes() == content and not path.exists()
+    assert len(picks.notes) == 1 and aside.name in picks.notes[0]
+
+
+def test_the_status_line_says_that_a_file_was_set_aside(ship, open_picks, path, open_picker):
+    path.write_text("{")
+    picker = open_picker(open_picks(), "horse")
+    assert "picks.bad-" in status(picker)
+
+
+def test_a_file_of_another_version_is_refused_and_left_alone(pv, picks, open_picks, path):
+    edit(path, version=2)
+    before = path.read_bytes()
+    with pytest.raises(pv.ReaderError, match=rf"{path} .*\b2\b.*\b1\b"):
+        open_picks()
+    assert path.read_bytes() == before
+
+
+def test_a_file_of_another_version_with_another_layout_is_refused_and_left_alone(pv, picks, open_picks, path):
+    path.write_text(json.dumps({"schema": "pegasus_vae picks", "version": 2, "groups": {"horse": [7, 2]}}))
+    before = path.read_bytes()
+    with pytest.raises(pv.ReaderError, match=rf"{path} .*\b2\b.*\b1\b"):
+        open_picks()
+    assert path.read_bytes() == before
+
+
+def test_a_file_of_other_data_is_refused_with_both_named_and_left_alone(pv, picks, open_picks, path):
+    before, theirs = path.read_bytes(), json.loads(path.read_text())["data"]["digest"]
+    with pytest.raises(pv.ReaderError) as refusal:
+        open_picks(horses=HORSES[::-1])
+    ours = open_picks(path=path.with_name("new.json"), horses=HORSES[::-1]).digest
+    assert str(path) in str(refusal.value) and theirs in str(refusal.value) and ours in str(refusal.value)
+    assert path.read_bytes() == before
+
+
+BAD_ENTRIES = {
+    "beyond the end": {"index": 12, "crc32": 0},
+    "negative": {"index": -1, "crc32": HORSES[-1]},
+    "another picture": {"index": 4, "crc32": HORSES[5]},
+    "without a checksum": {"index": 4},
+    "picked twice": {"index": 7, "crc32": HORSES[7]},
+    "a word for an index": {"index": "four", "crc32": HORSES[4]},
+    "a bare number": 4,
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("entry", BAD_ENTRIES.values(), ids=BAD_ENTRIES)
+def test_a_bad_entry_is_dropped_and_reported_and_the_rest_is_kept(picks, open_picks, path, entry):
+    horses = json.loads(path.read_text())["horse"]
+    edit(path, horse=[horses[0], entry, *horses[1:]])
+    again = open_picks()
+    assert state(again) | {"best": []} == PICKED | {"best": []}
+    assert len(again.notes) == 1 and "horse" in again.notes[0] and str(entry) in again.notes[0]
+
+
+@pytest.mark.parametrize(
+    "best",
+    [
+        {"weights": "one"},
+        {"weights": "one", "index": 4},
+        {"weights": "one", "index": "x"},
+        {"weights": "one", "index": -1},
+        [1],
+        1,
+    ],
+    ids=str,
+)
+def test_a_bad_best_is_dropped_and_reported_and_the_rest_is_kept(picks, open_picks, path, best):
+    edit(path, best=best)  # there are four pegasi, 0 to 3
+    again = open_picks()
+    assert state(again) == PICKED | {"best": []}
+    assert len(again.notes) == 1 and "best" in again.notes[0]
+
+
+def test_a_file_that_cannot_be_read_again_is_not_lost_on_the_first_change(ship, open_picks, path):
+    path.write_text("precious, if illegible")
+    open_picks().change("horse", 0, True)
+    assert [file.read_text() for file in path.parent.glob("picks.bad-*.json")] == ["precious, if illegible"]
+    assert open_picks()["horse"] == [7, 2, 9, 0]
+
+
+def test_where_no_folder_can_be_made_picks_stay_in_memory_and_the_status_says_not_saved(
+    open_picks, open_picker, tmp_path
+):
+    (tmp_path / "outputs").write_text("a file, not a folder")
+    picks = open_picks(path=tmp_path / "outputs" / "picks.json")
+    picker = open_picker(picks, "horse")
+    click(picker, 3)
+    assert picks["horse"] == [3] and picks.failure
+    assert "1 of 4 horses picked" in status(picker) and "NOT saved" in status(picker)
+
+
+def test_a_full_disk_keeps_the_old_file_and_the_next_change_saves_everything(picks, open_picks, open_picker, path):
+    picker, before = open_picker(picks, "horse"), path.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fail(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr("os.fsync", fail)
+        click(picker, 0)
+    assert picks["horse"] == [7, 2, 9, 0] and picks.failure and path.read_bytes() == before
+    assert "NOT saved" in status(picker) and "No space left" in status(picker)
+    click(picker, 1)
+    assert picks.failure is None and "NOT saved" not in status(picker)
+    assert open_picks()["horse"] == [7, 2, 9, 0, 1]
+
+
+def test_changes_from_several_threads_at_once_are_all_kept(open_picks):
+    many = list(range(120))
+    picks = open_picks(horses=many, birds=many)
+
+    def pick(group, start):
+        for index in range(start, 120, 3):
+            picks.change(group, index, True)
+
+    threads = [threading.Thread(target=pick, args=(group, start)) for group in ("horse", "bird") for start in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    again = open_picks(horses=many, birds=many)
+    assert sorted(picks["horse"]) == sorted(picks["bird"]) == many
+    assert state(again) == state(picks)
+
+
+@pytest.fixture
+def open_picker(pv):
+    """open_picker(picks, group): a picker of twelve pictures, five a page."""
+    torch.manual_seed(0)
+    images = torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8)
+    sorts = {"file order": list(range(12)), "backwards": list(range(11, -1, -1))}
+    return lambda picks, group, **options: pv.ImagePicker(images, picks, group, sorts, **({"per_page": 5} | options))
+
+
+def shown(picker):
+    """Numbers of the pictures on the page."""
+    return [int(cell.children[1].description.removeprefix("#")) for cell in picker.grid.children]
+
+
+def ticked(picker):
+    """Numbers of the pictures on the page whose checkbox is ticked."""
+    return [number for number, cell in zip(shown(picker), picker.grid.children) if cell.children[1].value]
+
+
+def checkbox(picker, number):
+    return picker.grid.children[shown(picker).index(number)].children[1]
+
+
+def click(picker, number, value=True):
+    """What the message of a browser does when a checkbox on the page is clicked."""
+    checkbox(picker, number).set_state({"value": value})
+
+
+def status(picker):
+    return re.sub("<[^>]*>", "", picker.status.value)
+
+
+def test_a_click_picks_at_once_and_a_second_click_unpicks(picks, open_picks, open_picker):
+    picker = open_picker(picks, "bird")
+    assert ticked(picker) == [3]
+    click(picker, 4)
+    assert open_picks()["bird"] == [5, 3, 4]
+    click(picker, 3, False)
+    assert open_picks()["bird"] == [5, 4] and ticked(picker) == [4]
+
+
+def test_pages_turn_and_stop_at_both_ends(picks, open_picker):
+    picker = open_picker(picks, "bird")
+    pages = [shown(picker)]
+    for button in ("Next", "Next", "Next", "Previous", "Previous", "Previous"):
+        picker.buttons[button].click()
+        pages.append(shown(picker))
+    first, second, third = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]
+    assert pages == [first, second, third, third, second, first, first]
+
+
+def test_a_click_that_crosses_with_a_page_turn_marks_the_picture_that_was_seen(picks, open_picker):
+    picker = open_picker(picks, "bird")
+    seen = checkbox(picker, 0)
+    picker.buttons["Next"].click()
+    seen.set_state({"value": True})
+    assert picks["bird"] == [5, 3, 0] and ticked(picker) == [5]
+    picker.buttons["Previous"].click()
+    assert ticked(picker) == [0, 3]
+
+
+def test_another_order_starts_on_its_first_page(picks, open_picker):
+    picker = open_picker(picks, "bird")
+    picker.buttons["Next"].click()
+    picker.sort.set_state({"index": 1})
+    assert shown(picker) == [11, 10, 9, 8, 7]
+
+
+def test_the_filter_shows_picked_or_unpicked_pictures_only(picks, open_picker):
+    picker = open_picker(picks, "bird")
+    picker.show.value = "picked"
+    assert shown(picker) == [3, 5]
+    picker.show.value = "not picked"
+    assert shown(picker) == [0, 1, 2, 4, 6]
+    click(picker, 0)
+    assert 0 not in shown(picker)
+    picker.show.value = "all"
+    assert shown(picker) == [0, 1, 2, 3, 4] and ticked(picker) == [0, 3]
+
+
+def test_suggest_fills_up_from_the_chosen_order_and_undo_takes_it_back(picks, open_picker):
+    picker = open_picker(picks, "bird")
+    picker.sort.set_state({"index": 1})
+    picker.buttons["Suggest"].click()
+    assert picks["bird"] == [5, 3, 11, 10] and ticked(picker) == [11, 10]
+    assert "4 of 4 birds picked" in status(picker)
+    picker.buttons["Undo"].click()
+    assert picks["bird"] == [5, 3] and ticked(picker) == []
+
+
+def test_the_dark_picker_shows_the_picked_birds_as_they_are_now(picks, open_picker):
+    birds, dark = open_picker(picks, "bird"), open_picker(picks, "dark")
+    assert shown(dark) == [3, 5] and ticked(dark) == [5]
+    click(birds, 1)
+    assert shown(dark) == [1, 3, 5]
+    click(dark, 1)
+    assert picks["dark"] == [5, 1] and "2 birds marked as dark-winged" in status(dark)
+    click(birds, 1, False)
+    assert shown(dark) == [3, 5] and picks["dark"] == [5]
+
+
+def test_an_emptied_page_of_the_dark_picker_gives_way_to_the_one_before(picks, open_picker):
+    dark = open_picker(picks, "dark", per_page=1)
+    dark.buttons["Next"].click()
+    assert shown(dark) == [5]
+    picks.change("bird", 5, False)
+    assert shown(dark) == [3] and "page 1 of 1" in status(dark)
+
+
+def test_marks_and_best_cannot_be_suggested(picks, open_picker):
+    assert "Suggest" not in open_picker(picks, "dark").buttons
+    assert "Suggest" not in open_picker(picks, "best").buttons
+
+
+def test_a_second_best_unticks_the_first(picks, open_picker, open_picks):
+    picker = open_picker(picks, "best")
+    assert ticked(picker) == [1]
+    click(picker, 3)
+    assert ticked(picker) == [3] and open_picks()["best"] == [3]
+    assert "1 of 1 best pegasus picked" in status(picker)
+
+
+def test_the_status_counts_and_says_where_one_is_and_that_all_is_saved(picks, open_picker):
+    picker = open_picker(picks, "bird")
+    assert "2 of 4 birds picked" in status(picker) and "page 1 of 3" in status(picker)
+    assert "saved" in status(picker) and "NOT" not in status(picker)
+    picker.buttons["Next"].click()
+    assert "page 2 of 3" in status(picker)
+    for bird in (6, 7, 8, 9):
+        click(picker, bird)
+    assert "6 of 4 birds picked: remove 2" in status(picker)
+    assert 'aria-live="polite"' in picker.status.value
+
+
+def test_every_picture_has_a_label_with_its_number_and_is_a_jpeg(picks, open_picker):
+    picker = open_picker(picks, "horse")
+    picture, box = picker.grid.children[2].children
+    assert box.description == "#2"
+    assert picture.format == "jpeg" and bytes(picture.value[:2]) == b"\xff\xd8"
