@@ -51,8 +51,8 @@
 # | `paper` | STL-10, downloaded for you (2.6 GB), or your own image folder | the paper's recipe | a GPU |
 #
 # In Jupyter, set environment variables before you start it: `PEGASUS_MODE=paper jupyter lab`. As a script,
-# the same settings are flags: `python pegasus_vae.py --mode paper --data-dir ~/stl10`. `python pegasus_vae.py
-# --help` lists all. Figures go to `outputs/`.
+# the same settings are flags: `python pegasus_vae.py --mode paper --data-dir ~/stl10`.
+# `python pegasus_vae.py --help` lists all. Figures go to `outputs/`.
 
 # %% [markdown]
 # ## Tools and settings
@@ -559,10 +559,10 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### Sampling without losing the gradient
 #
-# For each picture the encoder predicts a Gaussian, $q(z \mid x) = \mathcal N(\mu, \operatorname{diag}
-# \sigma^2)$, by two vectors: $\mu$ and $\log \sigma^2$ (the logarithm may be any number, so that the network
-# cannot predict a negative variance). A draw has no derivative. So draw standard noise first, then stretch
-# and shift it:
+# For each picture the encoder predicts a Gaussian,
+# $q(z \mid x) = \mathcal N(\mu, \operatorname{diag} \sigma^2)$, by two vectors: $\mu$ and $\log \sigma^2$
+# (the logarithm may be any number, so that the network cannot predict a negative variance). A draw has no
+# derivative. So draw standard noise first, then stretch and shift it:
 #
 # $$z = \mu + \sigma \odot \epsilon, \qquad \epsilon \sim \mathcal N(0, I).$$
 
@@ -589,10 +589,10 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### The divergence in closed form
 #
-# For two Gaussians the integral (2) can be solved. In one dimension $\log q(z) - \log p(z) = -\tfrac12 \log
-# \sigma^2 - \tfrac{(z - \mu)^2}{2 \sigma^2} + \tfrac{z^2}{2}$. Averaged over $z \sim q$, the middle term is
-# $-\tfrac12$ and the last is $\tfrac12(\mu^2 + \sigma^2)$. The latent numbers are independent, so their
-# divergences add up:
+# For two Gaussians the integral (2) can be solved. In one dimension
+# $\log q(z) - \log p(z) = -\tfrac12 \log \sigma^2 - \tfrac{(z - \mu)^2}{2 \sigma^2} + \tfrac{z^2}{2}$.
+# Averaged over $z \sim q$, the middle term is $-\tfrac12$ and the last is $\tfrac12(\mu^2 + \sigma^2)$. The
+# latent numbers are independent, so their divergences add up:
 #
 # $$D_\text{KL} = \mathbb E_q[\log q - \log p] = -\frac12 \sum_j \big( 1 + \log \sigma_j^2 - \mu_j^2 - \sigma_j^2 \big). \tag{3, 4}$$
 #
@@ -915,13 +915,13 @@ if __name__ == "__main__":
 #
 # $$\mathcal L_\text{VAE} = \text{BCE}(x, \hat x) + 0.01 \cdot D_\text{KL}. \tag{5}$$
 #
-# BCE treats each brightness $x \in [0, 1]$ as the probability of a bright pixel, $-x \log \hat x - (1 - x)
-# \log (1 - \hat x)$. It is smallest at $\hat x = x$, but not zero there: the *floor* $-x \log x - (1 - x)
-# \log(1 - x)$ remains, about 0.55 on photographs. We therefore show BCE minus its floor, which is what the
-# network can do something about.
+# BCE treats each brightness $x \in [0, 1]$ as the probability of a bright pixel,
+# $-x \log \hat x - (1 - x) \log (1 - \hat x)$. It is smallest at $\hat x = x$, but not zero there: the
+# *floor* $-x \log x - (1 - x) \log(1 - x)$ remains, about 0.55 on photographs. We therefore show BCE minus
+# its floor, which is what the network can do something about.
 #
-# The paper does not say whether the two terms are summed or averaged, and this decides what 0.01 means. Write
-# the loss as multiple of a summed ELBO with weight $\beta$ on its divergence:
+# The paper does not say whether the two terms are summed or averaged, and this decides what 0.01 means. Each
+# variant is a multiple of a summed ELBO whose divergence has some weight $\beta$:
 
 
 # %%
@@ -1924,12 +1924,11 @@ if __name__ == "__main__":
 
 
 # %%
-def contact_sheet(images, name, alt, title):
-    """Show images (N, 3, H, W) as a sheet of rows of 16, labelled with the position of each row's first
-    image."""
-    blanks = torch.ones(-len(images) % 16, *images.shape[1:])
-    parts = torch.cat([as_float(images), blanks]).split(16)
-    show_rows({str(16 * row): part for row, part in enumerate(parts)}, name, alt, title)
+def contact_sheet(images, name, alt, title, columns=16):
+    """Show images (N, 3, H, W) in rows of columns, each row labelled with the position of its first image."""
+    blanks = torch.ones(-len(images) % columns, *images.shape[1:])
+    rows = torch.cat([as_float(images), blanks]).split(columns)
+    show_rows({str(columns * row): part for row, part in enumerate(rows)}, name, alt, title)
 
 
 if __name__ == "__main__":
@@ -1993,8 +1992,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### Between two codes
 #
-# **Paper.** Linear interpolation with weight $w = 0.6$ in favour of the horse, $z = w \, z_\text{horse} \pm
-# (1 - w) \, z_\text{bird}$, minus for dark wings.
+# **Paper.** Linear interpolation with weight $w = 0.6$ in favour of the horse,
+# $z = w \, z_\text{horse} \pm (1 - w) \, z_\text{bird}$, minus for dark wings.
 
 
 # %%
@@ -2068,16 +2067,6 @@ if __name__ == "__main__":
 
 
 # %%
-def show_batch(images, name, alt, title):
-    """Show a batch of images (N, 3, H, W) in rows of 8, each row labelled with the position of its first
-    image."""
-    rows = as_float(images).split(8)
-    blanks = torch.ones(8 - len(rows[-1]), *images.shape[1:])
-    rows = {str(8 * i): torch.cat([row, blanks]) if len(row) < 8 else row for i, row in enumerate(rows)}
-    show_rows(rows, name, alt, title)
-
-
-# %%
 if __name__ == "__main__":
     pegasi = decode_images(vae, pegasus_mu)  # (picks_per_class, 3, H, W)
     folder = cfg.output_dir / "pegasus"
@@ -2085,15 +2074,14 @@ if __name__ == "__main__":
     for position, pegasus in enumerate(pegasi):
         save_image(pegasus, folder / f"{position:02d}.png")
     alt = "Eight by eight generated pictures: pale shapes between horse and bird"
-    show_batch(pegasi, "pegasus", alt, f"{len(pegasi)} pegasi, as the paper makes them")
+    contact_sheet(pegasi, "pegasus", alt, f"{len(pegasi)} pegasi, as the paper makes them", columns=8)
 
 # %%
 if __name__ == "__main__":
     pegasi_stretched = decode_images(vae, stretched)
     alt = "The same batch with the length of the codes restored: more contrast, clearer shapes"
-    show_batch(
-        pegasi_stretched, "pegasus_stretched", alt, "The same pairs, stretched to their parents' length"
-    )
+    title = "The same pairs, stretched to their parents' length"
+    contact_sheet(pegasi_stretched, "pegasus_stretched", alt, title, columns=8)
 
 # %% [markdown]
 # Look for a pale body on legs with something rising from its back. Most are pale horses with a blur where the
