@@ -85,6 +85,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from filelock import FileLock, Timeout
 from IPython import get_ipython
 from IPython.display import Image as Picture
 from IPython.display import display
@@ -1260,7 +1261,8 @@ class TrainingRun:
 #
 # The stop button of Jupyter, or Ctrl-C, interrupts Python wherever it happens to be, perhaps between the
 # change of the weights and the note that they were changed. The loop therefore turns it into a flag, and
-# looks at it between steps.
+# looks at it between steps. A second process is kept out of the run's folder by a lock, which the operating
+# system releases whenever the first one ends.
 
 
 # %%
@@ -1279,6 +1281,19 @@ def stop_button():
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def only_here(folder):
+    """Hold folder for this process; ReaderError if another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            yield
+    except Timeout:
+        raise ReaderError(
+            f"another process is training in {folder}: wait for it or choose a new run_name"
+        ) from None
+
+
 # %%
 def fit(cfg, on_epoch=None):
     """Train a VAE by the recipe in cfg, or go on where the run was stopped. Paper, section 1.5.
@@ -1295,10 +1310,10 @@ def fit(cfg, on_epoch=None):
     vae = VAE(cfg).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(vae.parameters(), lr=cfg.lr, fused=True)
     run = TrainingRun(cfg, vae, optimizer, images)
-    run.resume()
-    done, total = run.epoch * run.steps + run.step, cfg.epochs * run.steps
-    bar = tqdm(desc=f"training {cfg.run_name}", initial=done, total=total, unit="step")
-    with stop_button() as stopped:
+    with only_here(run.folder), stop_button() as stopped:
+        run.resume()
+        done, total = run.epoch * run.steps + run.step, cfg.epochs * run.steps
+        bar = tqdm(desc=f"training {cfg.run_name}", initial=done, total=total, unit="step")
         while run.epoch < cfg.epochs and not stopped.is_set():
             started, first = time.monotonic(), run.step
             for group in optimizer.param_groups:
@@ -2049,6 +2064,10 @@ if __name__ == "__main__":
     ratio = pegasus_mu.norm(dim=1) / (0.5 * (horse_mu.norm(dim=1) + bird_mu.norm(dim=1)))
     print(f"mixture to parents: {ratio.mean():.2f} (0.72 for right angles, weight 0.6 and equal lengths)")
     assert torch.equal(make_pegasus(horse_mu, bird_mu, dark_winged, 1.0), horse_mu), "weight 1 is the horse"
+    to_horse = F.cosine_similarity(pegasus_mu, horse_mu, dim=1).mean()
+    assert to_horse > F.cosine_similarity(pegasus_mu, bird_mu, dim=1).mean(), (
+        "a pegasus is more horse than bird"
+    )
     rows = {"horse": horses.images[horse_picks[:12]], "bird": birds.images[bird_picks[:12]]}
     rows |= {"plain": pegasus_mu[:12], "stretched": stretched[:12], "arc": arc[:12]}
     rows |= {name: decode_images(vae, rows[name]) for name in ("plain", "stretched", "arc")}

@@ -356,6 +356,18 @@ def test_the_first_step_without_a_finite_loss_is_named(pv, cfg, at_step):
         pv.fit(cfg)
 
 
+def test_a_second_process_is_kept_out_of_a_run_and_the_first_is_not_disturbed(pv, cfg, run, assert_same):
+    refused = []
+
+    def start_another(vae, history):
+        with pytest.raises(pv.ReaderError, match=f"another process is training in {run}"):
+            pv.fit(cfg)
+        refused.append(True)
+
+    assert_same(pv.fit(cfg, on_epoch=start_another))
+    assert refused == [True, True]
+
+
 def test_fewer_images_than_a_batch_are_refused(pv, cfg):
     with pytest.raises(pv.ReaderError, match="100 training images .* 200"):
         pv.fit(cfg.model_copy(update={"batch_size": 200}))
