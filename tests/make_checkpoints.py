@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 SHIPPED = Path(__file__).parents[1] / "checkpoints"
 sys.path.insert(0, str(SHIPPED.parent))
@@ -37,7 +37,8 @@ def main():
         found = pv.load_candidates(cfg, vae, class_name)
         candidates[f"{class_name}_latents"] = found.latents.half()
         candidates[f"{class_name}_crc32"] = torch.tensor(found.crc32)
-    save_file(candidates, SHIPPED / "candidates.safetensors")
+    content = save(candidates, {"weights": pv.weights_digest(vae)})
+    pv.write_atomically(SHIPPED / "candidates.safetensors", lambda file: file.write(content))
     for name, (bce, floor, mse, psnr) in info["held_out"].items():
         print(f"{name}: BCE {bce:.4f}, floor {floor:.4f}, MSE {mse:.5f}, PSNR {psnr:.2f} dB")
 

@@ -168,9 +168,15 @@ def test_settings_cannot_be_changed_once_read(pv, cfg):
         cfg.epochs = 3
 
 
-def test_auto_names_a_device_that_works_and_a_named_device_is_taken(pv, cfg):
+def test_auto_names_a_device_that_works(pv, cfg):
     assert pv.torch.ones(2, device=pv.find_device(cfg.model_copy(update={"device": "auto"}))).sum() == 2
-    assert pv.find_device(cfg.model_copy(update={"device": "cuda:1"})) == pv.torch.device("cuda", 1)
+
+
+def test_a_device_that_is_not_there_is_refused_by_name(pv, cfg):
+    missing = f"cuda:{pv.torch.cuda.device_count()}"
+    with pytest.raises(pv.ReaderError, match=missing):
+        pv.find_device(cfg.model_copy(update={"device": missing}))
+    assert pv.find_device(cfg.model_copy(update={"device": "cpu"})) == pv.torch.device("cpu")
 
 
 def test_the_script_refuses_a_wrong_value_with_one_line_and_no_traceback(python, tmp_path):

@@ -154,11 +154,19 @@ def test_what_is_handed_out_is_a_copy(picks):
 def test_filling_keeps_earlier_picks_stops_at_the_target_and_is_one_step_for_undo(picks, open_picks):
     picks.fill("bird", [3, 8, 5, 1, 0])
     assert picks["bird"] == open_picks()["bird"] == [5, 3, 8, 1] and picks["dark"] == [5]
-    picks.fill("bird", range(12))
+    picks.fill("bird", range(12))  # full: nothing changes, and there is nothing to undo
     assert picks["bird"] == [5, 3, 8, 1]
     picks.undo()
-    picks.undo()
     assert state(picks) == PICKED
+
+
+def test_suggestions_are_nobodys_picks_until_one_is_changed(open_picks, path):
+    picks = open_picks()
+    picks.suggest({"horse": [4, 7, 1, 2, 3], "bird": torch.tensor([9, 8, 7, 6, 5])})
+    assert picks["horse"] == [4, 7, 1, 2] and picks["bird"] == [9, 8, 7, 6]
+    assert picks.origin == "suggested" and not path.exists()
+    picks.change("horse", 4, False)
+    assert picks.origin == "your own" and open_picks()["horse"] == [7, 1, 2]
 
 
 def test_filling_takes_the_indices_of_a_tensor(picks, open_picks):
