@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 
 @pytest.fixture
@@ -156,3 +157,48 @@ def test_nearest_finds_each_picture_itself_at_no_distance(pv, chunk):
 def test_nearest_gives_the_euclidean_distance(pv):
     found, distance = pv.nearest(torch.tensor([[0.0, 0.0], [9.0, 9.0]]), torch.tensor([[3.0, 4.0], [9.0, 10.0]]))
     assert found.tolist() == [0, 1] and distance.tolist() == pytest.approx([5, 1])
+
+
+@pytest.fixture
+def shipped(pv, cfg, tmp_path):
+    """Settings without data, a model, and its codes of three horses in the shipped file."""
+    cfg = cfg.model_copy(update={"data_dir": tmp_path / "no data"})
+    torch.manual_seed(1)
+    vae = pv.VAE(cfg)
+    codes = {"horse_latents": torch.randn(3, cfg.latent_dim).half(), "horse_crc32": torch.tensor([5, 6, 7])}
+    cfg.checkpoint_dir.mkdir()
+    save_file(codes, cfg.checkpoint_dir / "candidates.safetensors", {"weights": pv.weights_digest(vae)})
+    return cfg, vae, codes
+
+
+def test_without_data_the_candidates_are_drawn_from_the_shipped_codes(pv, shipped):
+    cfg, vae, codes = shipped
+    candidates = pv.load_candidates(cfg, vae, "horse")
+    assert torch.equal(candidates.latents, codes["horse_latents"].float())
+    assert candidates.images.shape == (3, 3, 64, 64) and candidates.images.dtype == torch.uint8
+    assert candidates.crc32 == [5, 6, 7] and not candidates.originals
+
+
+def test_with_data_the_candidates_are_the_photographs_and_their_codes(pv, cfg):
+    vae = pv.VAE(cfg)
+    candidates = pv.load_candidates(cfg, vae, "bird")
+    assert torch.equal(candidates.images, pv.load_images(cfg, "test", "bird")) and candidates.originals
+    assert torch.equal(candidates.latents, pv.encode_mean(vae, candidates.images))
+    assert len(set(candidates.crc32)) == len(candidates.images)
+
+
+def test_codes_of_other_weights_are_refused(pv, shipped):
+    cfg, vae, _ = shipped
+    with torch.no_grad():
+        vae.decoder.to_logits.bias += 1
+    with pytest.raises(pv.ReaderError, match="candidates.safetensors belongs to weights"):
+        pv.load_candidates(cfg, vae, "horse")
+
+
+def test_a_missing_class_or_file_of_codes_is_named(pv, shipped):
+    cfg, vae, _ = shipped
+    with pytest.raises(pv.ReaderError, match="candidates.safetensors cannot be read"):
+        pv.load_candidates(cfg, vae, "bird")
+    (cfg.checkpoint_dir / "candidates.safetensors").unlink()
+    with pytest.raises(pv.ReaderError, match="candidates.safetensors cannot be read"):
+        pv.load_candidates(cfg, vae, "horse")
