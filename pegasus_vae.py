@@ -1635,11 +1635,12 @@ if __name__ == "__main__":
     print(f"{spread.min():.2f} at the least; {(spread > 0.1).sum()} of {cfg.latent_dim} above 0.1")
 
 # %% [markdown]
-# Ground, sky, a thing in the middle: composition without content. The prior is the right scale, but the codes
-# of real pictures fill only a part of it, and a draw rarely hits that part. The line below the figure says
-# how many latent numbers carry something: one whose posterior mean hardly moves from picture to picture is
-# unused. This is why the paper does not sample its pegasi from the prior, but starts from real horses and
-# birds.
+# Patches of colour that fit their neighbours, now and then a ground and a sky, but nothing to name. The KL
+# term, mild at $\beta = 0.24$, makes each latent number look normal on its own; how the numbers of a real
+# picture go together it leaves open, and a draw that ignores it is a picture of nothing in particular. This
+# is why the paper does not sample its pegasi from the prior, but starts from real horses and birds. If all
+# draws looked alike, the codes would have collapsed; the lines below the figure count the latent numbers
+# whose posterior mean moves from picture to picture.
 
 # %% [markdown]
 # ## Picking horses and birds
@@ -2223,12 +2224,14 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Look for a pale body on legs with something rising from its back. Most are pale horses with a blur where the
-# bird was. If every picture looked like a plain horse, the weight would be too high.
+# bird was; by eye, asking for a head, legs and something like a wing that reads at once, we count two,
+# numbers 12 and 48. If every picture looked like a plain horse, the weight would be too high.
 
 # %% [markdown]
 # ### The best one
 #
-# Pick yours. It is remembered together with the picks, for these weights.
+# Pick yours. It is remembered together with the picks, for these weights. Ours is number 12: head and neck of
+# a horse, and behind them a light hump where a folded wing would be.
 
 # %%
 if __name__ == "__main__":
@@ -2254,6 +2257,10 @@ if __name__ == "__main__":
     )
 
 # %% [markdown]
+# The third picture should keep the ground and the legs of the first and gain a light shape above its back. If
+# it equals the first, the bird contributed nothing.
+
+# %% [markdown]
 # ## How good are they?
 #
 # ### The weight
@@ -2271,9 +2278,10 @@ if __name__ == "__main__":
     show_rows(rows, "sweep", alt, "Weight of the horse, from left to right: 0, 0.1, ... 1")
 
 # %% [markdown]
-# Around the middle neither parent is left, only a pale average. At 0.6 the horse's legs and back are just
-# there again and the bird can still be guessed; from 0.8 on, it is a horse. The paper's weight is where the
-# change happens.
+# Up to 0.4 it is a bird, from 0.7 on a horse. In between both show at once, as in a double exposure: at 0.6
+# the horse stands, and the bird is a light or a shadow on its back. The paper's weight is just past the
+# change. A row that jumped from one parent to the other would mean that there is nothing in the space
+# between.
 
 # %% [markdown]
 # ### White, and different from each other
@@ -2393,7 +2401,7 @@ if __name__ == "__main__":
 # | 1.6 codes of dark-winged birds times -1, colours flip | the same; measured | What can be done to a code |
 # | 1.6 interpolation with weight 0.6 | the same; the loss of length shown, two remedies | Between two codes; The weight |
 # | 2 reconstructions blurry, recognisable | shown, with BCE, MSE, PSNR | Reconstructions |
-# | 2 one or two pegasi in a batch, one best | shown; you choose | The 64 pegasi |
+# | 2 one or two pegasi in a batch, one best | shown; by eye two of 64; you choose the best | The 64 pegasi |
 # | 3 deeper stacks may help; CSVAE [4] | `blocks_per_stage`; exercises | Limits |
 # | bonus: nearly all white | measured | White, and different |
 #
