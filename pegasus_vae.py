@@ -529,12 +529,11 @@ if __name__ == "__main__":
     if find_data(cfg):
         train_images = load_images(cfg, "train+unlabeled")  # (N, 3, 64, 64) uint8
         counts = [len(load_images(cfg, "test", name)) for name in ("horse", "bird")]
+        held_out = len(load_images(cfg, "test"))
         print(
-            f"{len(train_images)} training images, each {tuple(train_images.shape[1:])} {train_images.dtype}"
+            f"{len(train_images)} training images, {train_images.dtype}, {tuple(train_images.shape[1:])} each"
         )
-        print(
-            f"{len(load_images(cfg, 'test'))} held out, {counts[0]} horses and {counts[1]} birds among them"
-        )
+        print(f"{held_out} held out, among them {counts[0]} horses and {counts[1]} birds")
         if min(counts) < cfg.picks_per_class:
             raise ReaderError(f"too few to pick {cfg.picks_per_class} of each: lower PEGASUS_PICKS_PER_CLASS")
         sample = evenly_spread(train_images, 32)
@@ -846,10 +845,8 @@ class VAE(nn.Module):
 # %%
 if __name__ == "__main__":
     vae = VAE(cfg)
-    logits, mu, logvar = vae(torch.zeros(2, 3, cfg.image_size, cfg.image_size))
-    print(
-        "VAE", (2, 3, cfg.image_size, cfg.image_size), "->", *(tuple(t.shape) for t in (logits, mu, logvar))
-    )
+    x = torch.zeros(2, 3, cfg.image_size, cfg.image_size)
+    print("VAE", tuple(x.shape), "->", *(tuple(part.shape) for part in vae(x)))
     parameters = sum(p.numel() for p in vae.parameters())
     in_encoder = sum(p.numel() for p in vae.encoder.parameters())
     print(f"{parameters:,} parameters, {in_encoder:,} of them in the encoder")
@@ -871,8 +868,7 @@ def device_of(vae):
 
 @contextmanager
 def inference(vae):
-    """Within this context vae is in evaluation mode and records no gradients; its mode is restored
-    afterwards."""
+    """Within this context, vae is in evaluation mode and records no gradients."""
     training = vae.training
     vae.eval()
     try:
@@ -1120,8 +1116,7 @@ def mixed_precision(device):
 
 
 def to_device(images, device):
-    """Images, uint8 or float, as floats in [0, 1] on the device, in the memory format that convolutions
-    prefer."""
+    """Images as floats in [0, 1] on the device, in the memory format that convolutions prefer."""
     return as_float(images.to(device)).contiguous(memory_format=torch.channels_last)
 
 
@@ -1341,8 +1336,7 @@ class TrainingRun:
             return None
 
     def resume(self):
-        """Take up the saved state if there is one; ReaderError if it is damaged or belongs to another
-        recipe."""
+        """Take up the saved state, if any; ReaderError if it is damaged or of another recipe."""
         state = self.read(self.path)
         if state is None and (state := self.read(self.previous)):
             os.replace(self.previous, self.path)  # or the next save would keep the damaged one
@@ -1505,16 +1499,16 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     epochs = [record["epoch"] for record in history]
     above_floor = [record["test_bce"] - record["test_floor"] for record in history]
-    curves = {"BCE above its floor (nats a number)": above_floor}
-    curves[f"KL ({cfg.reduction} over latent numbers, nats)"] = [record["kl"] for record in history]
-    curves["PSNR (dB)"] = [record["test_psnr"] for record in history]
+    unit = "nats a latent number" if cfg.reduction == "mean" else "nats an image"
+    curves = {"BCE above its floor, held out": (above_floor, "nats a colour value")}
+    curves["KL, training"] = ([record["kl"] for record in history], unit)
+    curves["PSNR, held out"] = ([record["test_psnr"] for record in history], "dB")
     figure, panels = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
-    for axes, (label, values) in zip(panels, curves.items()):
+    for axes, (name, (values, unit)) in zip(panels, curves.items()):
         axes.plot(epochs, values, "o-", markersize=3)
-        axes.set(xlabel="epoch", ylabel=label)
+        axes.set(xlabel="epoch", ylabel=unit, title=name)
         axes.grid(alpha=0.3)
-    figure.suptitle("512 held-out photographs (left, right) and training batches (middle)")
-    show_figure(figure, "curves", "Three curves over epochs: BCE above floor falls, KL settles, PSNR rises")
+    show_figure(figure, "curves", "Three curves over epochs: BCE above its floor falls, KL and PSNR rise")
     last = history[-1]
     bce, floor, psnr = (last[f"test_{name}"] for name in ("bce", "floor", "psnr"))
     print(f"after epoch {last['epoch']:.0f}: BCE {bce:.4f}, floor {floor:.4f}, PSNR {psnr:.2f} dB")
@@ -1612,10 +1606,11 @@ if __name__ == "__main__":
     show_rows(rows, "reconstructions", alt, f"Held-out pictures, reconstructed from {cfg.latent_dim} numbers")
 
 # %% [markdown]
-# Look for the outline, the pose, and the colours of animal and ground: these survive. Legs, eyes and feathers
-# do not. Both errors are smallest for the average of all pictures that fit the code, and the average of many
-# sharp legs is one soft leg. If reconstructions showed *another* horse than the original, the code would be
-# too weak; if they were as sharp as the originals, we should suspect that test pictures had been trained on.
+# Look for the outline, the pose, and the colours of animal and ground: these survive. Thin legs, eyes and
+# feathers do not. Both errors are smallest for the average of all pictures that fit the code, and the average
+# of many sharp legs is one soft leg. If reconstructions showed *another* horse than the original, the code
+# would be too weak; if they were as sharp as the originals, we should suspect that test pictures had been
+# trained on.
 
 # %% [markdown]
 # ## Samples from the prior
@@ -1698,8 +1693,7 @@ class PicksFile:
             return list(self.groups[group])
 
     def read(self, path):
-        """The content of a picks file; None if there is none, or if it is unreadable and therefore set
-        aside."""
+        """The content of a picks file; None if there is none, or if it is damaged and so set aside."""
         if not path.exists():
             return None
         try:
@@ -1743,22 +1737,16 @@ class PicksFile:
             self.notes.append(f"{path}: best {best} dropped, no position in the batch")
 
     def change(self, group, index, picked):
-        """Pick or unpick one candidate, and save. An unpicked bird loses its mark; new parents, new best
-        pegasus."""
+        """Pick or unpick one candidate, and save.
+
+        An unpicked bird loses its mark. With other parents, the best pegasus is forgotten.
+        """
         with self.lock:
-            if picked == (index in self.groups[group]) or (
-                group == "dark" and index not in self.groups["bird"]
-            ):
+            impossible = group == "dark" and index not in self.groups["bird"]
+            if impossible or picked == (index in self.groups[group]):
                 return
-            groups = {name: list(indices) for name, indices in self.groups.items()}
-            if group == "best":
-                groups["best"] = []
-            if picked:
-                groups[group].append(index)
-            elif group != "best":
-                groups[group].remove(index)
-            if group != "best":
-                groups["best"] = []
+            rest = [other for other in self.groups[group] if other != index and group != "best"]
+            groups = self.groups | {"best": []} | {group: [*rest, index] if picked else rest}
             groups["dark"] = [bird for bird in groups["dark"] if bird in groups["bird"]]
             self.replace(groups)
 
@@ -1841,8 +1829,7 @@ def whiteness(images):
 
 
 def background(images):
-    """Median colour of the outermost eighth at the left, right and top of images (N, 3, H, W), as (N, 3, 1,
-    1)."""
+    """Median colour (N, 3, 1, 1) of the left, right and top eighth of images (N, 3, H, W)."""
     edge = images.shape[3] // 8
     x = as_float(images)
     border = torch.cat([part.flatten(2) for part in (x[..., :edge], x[..., -edge:], x[:, :, :edge])], dim=2)
@@ -1961,8 +1948,7 @@ class ImagePicker(widgets.VBox):
         self.refresh_status(pages)
 
     def refresh(self):
-        """Follow the picks: called after every change, whoever made it. Checkboxes that already agree do
-        nothing."""
+        """Follow the picks after a change, whoever made it; checkboxes that already agree do nothing."""
         picked = set(self.picks[self.group])
         for index, cell in self.cells.items():
             cell.children[1].value = index in picked
@@ -2097,12 +2083,13 @@ def opposition(vae, z):
 
 
 if __name__ == "__main__":
-    correlation = opposition(vae, evenly_spread(torch.cat([horses.latents, birds.latents]), 512))
+    codes = torch.cat([horses.latents, birds.latents])  # (N, latent_dim)
+    mean_code, length = codes.mean(dim=0).norm(), codes.norm(dim=1).mean()
+    print(f"length of the mean code {mean_code:.1f}, mean length of a code {length:.1f}")
+    correlation = opposition(vae, evenly_spread(codes, 512))
     strong = (correlation < -0.5).float().mean()
-    print(
-        f"correlation of D(z) and D(-z), over {len(correlation)} candidates: mean {correlation.mean():.2f},"
-    )
-    print(f"weakest {correlation.max():.2f}; below -0.5 for {strong:.0%} of them")
+    print(f"correlation of D(z) and D(-z) over {len(correlation)} candidates:")
+    print(f"mean {correlation.mean():.2f}, weakest {correlation.max():.2f}; below -0.5 for {strong:.0%}")
 
 # %%
 if __name__ == "__main__":
@@ -2307,7 +2294,7 @@ if __name__ == "__main__":
     groups |= {"pegasi": pegasi, "pegasi, stretched": pegasi_stretched}
     for name, images in groups.items():
         spread = diversity(evenly_spread(images, cfg.picks_per_class))
-        print(f"{name:>24}: whiteness {whiteness(images).mean():.2f}, diversity {spread:.3f}")
+        print(f"{name:>27}: whiteness {whiteness(images).mean():.2f}, diversity {spread:.3f}")
     whiter = (whiteness(pegasi) > whiteness(horses.images).median()).float().mean()
     print(f"{whiter:.0%} of the pegasi are whiter than the median horse of the test split")
 
@@ -2373,9 +2360,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Limits
 #
-# - **Blur.** 512 numbers cannot carry legs and feathers, and a pixel-wise loss averages over them. The paper
-#   hopes for deeper stacks; the more direct remedies are a loss that sees texture, or a code that keeps its
-#   place in the picture.
+# - **Blur.** 512 numbers do not carry feathers, and legs only now and then; a pixel-wise loss averages over
+#   what is missing. The paper hopes for deeper stacks; the more direct remedies are a loss that sees texture,
+#   or a code that keeps its place in the picture.
 # - **Wings.** The bird's wings are mixed in where they are in *its* picture. Only by luck is that the horse's
 #   back. One code for the whole picture cannot say "these wings, there".
 # - **The sign.** Negation flips the background with the wings.
@@ -2395,7 +2382,7 @@ if __name__ == "__main__":
 # | 1.3 no dropout, batch norm, residuals that effectively skip one convolution, two batch norms, one activation | the same | The network |
 # | 1.3, 1.5 linear annealing | per epoch | The schedule |
 # | 1.4 two classes, made of blocks; nearest-neighbour upsampling; drawings (lost) | the same; drawn from the live model | The network |
-# | 1.5 STL-10 train + unlabeled, 105,000 images at 64x64, 100 epochs | `--mode paper` does that; the shipped weights saw 60,522 other photographs for fewer epochs, see the model card | The data; Training |
+# | 1.5 STL-10 train + unlabeled, 105,000 images at 64x64, 100 epochs | `--mode paper` does that; the shipped weights saw 60,522 other photographs, 10 times; see the model card | The data; Training |
 # | 1.5 BCE with logits + 0.01 KL, eq. (3) to (5) | the same; signs of (4) corrected; means over pixels and numbers chosen | The divergence; The loss |
 # | 1.6 64 white horses, 64 white or wide-winged birds, by hand | the same, by eye, from 1,199 and 1,339 candidates | Picking |
 # | 1.6 codes of dark-winged birds times -1, colours flip | the same; measured | What can be done to a code |

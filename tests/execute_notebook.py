@@ -6,6 +6,7 @@ Progress bars and widget views are left out: without a kernel, a viewer shows an
 """
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
+PROGRESS = re.compile(r"\d+%\|")
 
 
 def main():
@@ -24,7 +26,7 @@ def main():
         raise SystemExit(f"{own_picks} would replace the shipped picks: move it away first")
     for name in [name for name in os.environ if name.startswith("PEGASUS_")]:
         del os.environ[name]
-    os.environ |= {"PEGASUS_DATA_DIR": sys.argv[1], "TQDM_DISABLE": "1"}
+    os.environ["PEGASUS_DATA_DIR"] = sys.argv[1]
     started = time.perf_counter()
     notebook = jupytext.read(ROOT / "pegasus_vae.py")
     client = NotebookClient(
@@ -38,8 +40,10 @@ def main():
     client.execute()
     for cell in notebook.cells:
         cell.pop("id", None)  # random, and of no use: cells are told apart by their place
-        for output in cell.get("outputs", []):
-            output.get("data", {}).pop(WIDGET, None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not PROGRESS.search(str(output))]
+            for output in cell.outputs:
+                output.get("data", {}).pop(WIDGET, None)
     notebook.nbformat_minor = 4
     nbformat.write(notebook, ROOT / "pegasus_vae.ipynb")
     print(f"executed in {time.perf_counter() - started:.0f} s")
