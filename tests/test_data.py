@@ -293,8 +293,13 @@ def test_a_spoiled_cache_is_made_again(pv, stl10_cfg, drawn, name, spoil):
 def test_a_changed_source_picture_makes_a_new_cache_in_place_of_the_old(pv, folder_cfg, image_folder):
     pv.load_images(folder_cfg, "test", "bird")
     Image.new("RGB", (96, 96), (1, 2, 3)).save(image_folder / "test/bird/002.png")
-    (image_folder / "test/horse/000.png").unlink()
     assert torch.equal(pv.load_images(folder_cfg, "test", "bird"), read_folder(image_folder / "test/bird"))
+    assert cache_of(folder_cfg).is_dir()
+
+
+def test_a_picture_that_is_gone_is_gone_from_the_cache(pv, folder_cfg, image_folder):
+    assert len(pv.load_images(folder_cfg, "test", "horse")) == 5
+    (image_folder / "test/horse/000.png").unlink()
     assert len(pv.load_images(folder_cfg, "test", "horse")) == 4
     assert cache_of(folder_cfg).is_dir()
 
