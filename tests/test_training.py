@@ -383,6 +383,15 @@ def test_max_images_takes_that_many_evenly_spread(pv, cfg, monkeypatch):
     assert sorted(image.tolist() for image in seen) == sorted(image.tolist() for image in chosen)
 
 
+def test_each_epoch_shows_every_image_once_in_an_order_of_its_own(pv, cfg, monkeypatch):
+    shown, original = [], pv.vae_loss
+    monkeypatch.setattr(pv, "vae_loss", lambda *arguments: shown.append(arguments[1]) or original(*arguments))
+    pv.fit(cfg)
+    first, second = torch.cat(shown).split(100)
+    assert not torch.equal(first, second)
+    assert sorted(image.tolist() for image in first) == sorted(image.tolist() for image in second)
+
+
 def test_evenly_spread_images_include_the_first_and_the_last(pv):
     images = torch.arange(10)
     assert pv.evenly_spread(images, 4).tolist() == [0, 3, 6, 9]
