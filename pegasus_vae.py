@@ -394,19 +394,22 @@ def stl10_pictures(folder, part):
     size = file.stat().st_size
     if size == 0 or size % STL10_PICTURE:
         raise ReaderError(f"{file} has {size} bytes, no multiple of {STL10_PICTURE}: {again}")
-    pictures = np.memmap(file, np.uint8, mode="r").reshape(-1, 3, 96, 96)  # (N, channel, column, row)
     classes = (folder / "class_names.txt").read_text().split()
-    names = [""] * len(pictures)
+    names = [""] * (size // STL10_PICTURE)
     if part != "unlabeled":
         labels = np.fromfile(folder / f"{part}_y.bin", np.uint8)  # counted from 1
-        if len(labels) != len(pictures):
-            raise ReaderError(f"{file} holds {len(pictures)} images for {len(labels)} labels: {again}")
+        if len(labels) != len(names):
+            raise ReaderError(f"{file} holds {len(names)} images for {len(labels)} labels: {again}")
         if labels.min() < 1 or labels.max() > len(classes):
             span = f"{labels.min()} to {labels.max()}"
             raise ReaderError(f"{folder / part}_y.bin has labels {span}, not 1 to {len(classes)}: {again}")
         names = [classes[label - 1] for label in labels]
-    for picture, name in zip(pictures, names):
-        yield name, Image.fromarray(picture.transpose(2, 1, 0))  # (row, column, channel)
+    with open(file, "rb") as pictures:
+        for name in names:
+            picture = np.fromfile(pictures, np.uint8, STL10_PICTURE).reshape(
+                3, 96, 96
+            )  # (channel, column, row)
+            yield name, Image.fromarray(picture.transpose(2, 1, 0))  # (row, column, channel)
 
 
 # %%
