@@ -406,9 +406,8 @@ def stl10_pictures(folder, part):
         names = [classes[label - 1] for label in labels]
     with open(file, "rb") as pictures:
         for name in names:
-            picture = np.fromfile(pictures, np.uint8, STL10_PICTURE).reshape(
-                3, 96, 96
-            )  # (channel, column, row)
+            picture = np.fromfile(pictures, np.uint8, STL10_PICTURE)
+            picture = picture.reshape(3, 96, 96)  # (channel, column, row)
             yield name, Image.fromarray(picture.transpose(2, 1, 0))  # (row, column, channel)
 
 
