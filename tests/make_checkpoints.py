@@ -38,7 +38,7 @@ def main():
         candidates[f"{class_name}_latents"] = found.latents.half()
         candidates[f"{class_name}_crc32"] = torch.tensor(found.crc32)
     content = save(candidates, {"weights": pv.weights_digest(vae)})
-    pv.write_atomically(SHIPPED / "candidates.safetensors", lambda file: file.write(content))
+    pv.write_atomically(SHIPPED / "candidates.safetensors", content)
     for name, (bce, floor, mse, psnr) in info["held_out"].items():
         print(f"{name}: BCE {bce:.4f}, floor {floor:.4f}, MSE {mse:.5f}, PSNR {psnr:.2f} dB")
 

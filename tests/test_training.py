@@ -1,13 +1,18 @@
 """Training that can be stopped anywhere and resumed exactly, and files that are whole or refused."""
 
 import errno
+import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -203,37 +208,153 @@ def test_the_stop_button_works_again_after_training(pv, cfg):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-# Trains with a clock that makes every step last longer than a minute, so that each is saved, and kills itself.
-KILLED = """
-import itertools, json, os, signal, sys
+def train_and_die(settings, number, said):
+    """Train, saving after every step, and die by SIGKILL at the event of that number; put what it was into said.
+
+    Events: a loss is computed; half a file of state is written; a file is flushed; a file is about to be renamed."""
+    import pegasus_vae as pv
+
+    events, minutes = itertools.count(1), itertools.count()
+    compute, fsync, replace = pv.vae_loss, os.fsync, os.replace
+
+    def event(text):
+        if next(events) == number:
+            said.send(text)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class WrittenInHalves(io.FileIO):
+        def write(self, content):
+            half = super().write(content[: len(content) // 2])
+            event(f"with half of {Path(self.name).name} written")
+            return half + super().write(content[half:])
+
+    def replace_or_die(source, target):
+        event(f"before {Path(source).name} became {Path(target).name}")
+        replace(source, target)
+
+    pv.vae_loss = lambda *arguments: event("inside a step") or compute(*arguments)
+    pv.open = lambda path, mode="r", **how: (WrittenInHalves if mode == "wb" else open)(path, mode, **how)
+    pv.os.replace = replace_or_die
+    pv.os.fsync = lambda file: fsync(file) or event("after a flush")
+    pv.time.monotonic = lambda: 61.0 * next(minutes)
+    pv.tqdm.set_lock(threading.RLock())  # one that leaves nothing behind
+    pv.fit(pv.Config(**settings))
+    said.send("not killed")
+
+
+def test_a_run_killed_at_ten_random_moments_ends_bit_for_bit_like_one_that_was_not(pv, cfg, run):
+    cfg = cfg.model_copy(update={"epochs": 4})
+    expected, history = pv.fit(cfg.model_copy(update={"run_name": "undisturbed"}))
+    processes, rng, log = multiprocessing.get_context("forkserver"), random.Random(0), []
+    processes.set_forkserver_preload(["pegasus_vae"])  # imported once; each process starts from there
+    while len(log) < 10:
+        told, said = processes.Pipe(duplex=False)
+        number = rng.randint(1, 16)
+        killed = processes.Process(target=train_and_die, args=(json.loads(cfg.model_dump_json()), number, said))
+        killed.start()
+        assert told.poll(120), "neither killed nor finished"
+        log.append(told.recv())
+        killed.join(120)
+        assert killed.exitcode == -signal.SIGKILL, log
+        states = [torch.load(path) for path in (run / "state.pt", run / "state.pt.previous") if path.exists()]
+        positions = [f"epoch {state['epoch'] + 1} step {state['step']}" for state in states]
+        print(f"kill {len(log):2}: {log[-1]:46} left: {' and '.join(positions) or 'nothing yet'}")
+    assert len(set(log)) >= 4, "the kills must fall on different kinds of moment"
+    vae, resumed = pv.fit(cfg)
+    different = [n for n, t in vae.state_dict().items() if not torch.equal(t, expected.state_dict()[n])]
+    assert different == [] and timeless(resumed) == timeless(history)
+
+
+# What each process of a team runs: train, and crash after the first epoch if told to.
+MEMBER = """
+import json, os, sys
 import pegasus_vae as pv
 
-cfg = pv.Config(**json.loads(sys.argv[1]))
-minutes, losses = itertools.count(), itertools.count(1)
-pv.time.monotonic = lambda: 61.0 * next(minutes)
-compute = pv.vae_loss
-
-def vae_loss(*arguments):
-    if next(losses) == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return compute(*arguments)
-
-pv.vae_loss = vae_loss
-pv.fit(cfg)
+_, settings, crash, outcome = sys.argv
+vae, history = pv.fit(pv.Config(**json.loads(settings)), on_epoch=lambda *_: os._exit(3) if crash == "crash" else None)
+if pv.RANK == 0:
+    pv.torch.save((vae.state_dict(), history), outcome)
 """
 
 
-def test_a_run_killed_inside_an_epoch_goes_on_where_it_was_saved_and_ends_bit_for_bit_the_same(
-    pv, cfg, run, tmp_path, assert_same, monkeypatch
-):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"}
-    arguments = [sys.executable, "-c", KILLED, cfg.model_dump_json()]
-    killed = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    steps, original = [], pv.vae_loss
-    monkeypatch.setattr(pv, "vae_loss", lambda *arguments: steps.append(1) or original(*arguments))
-    assert_same(pv.fit(cfg))
-    assert len(steps) == 3  # seven of the ten were saved
+@pytest.fixture
+def team(tmp_path):
+    """team(count, script, ...): run a script by torchrun, in that many processes."""
+
+    def team(count, *arguments):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        command = [*torchrun, *map(str, arguments)]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    return team
+
+
+def assert_close(history, expected):
+    """Batch norm over half a batch changes the losses by less than 3 % in this tiny run, and the order of images not."""
+    assert [record["epoch"] for record in history] == [record["epoch"] for record in expected]
+    assert [record["bce"] for record in history] == pytest.approx([record["bce"] for record in expected], rel=0.03)
+    assert [record["kl"] for record in history] == pytest.approx([record["kl"] for record in expected], rel=0.3)
+
+
+def test_two_processes_train_like_one_and_one_takes_up_what_two_began(pv, cfg, run, uninterrupted, team, tmp_path):
+    member, outcome = tmp_path / "member.py", tmp_path / "outcome.pt"
+    member.write_text(MEMBER)
+    settings = cfg.model_dump_json()
+    stopped = team(2, member, settings, "crash", outcome)
+    assert stopped.returncode != 0 and not outcome.exists()
+    begun = pv.read_history(run / "history.csv")
+    assert_close(begun, uninterrupted[2][:1])
+    _, history = pv.fit(cfg)  # one process goes on
+    assert timeless(history)[:1] == timeless(begun)
+    assert_close(history, uninterrupted[2])
+
+
+def test_the_notebook_runs_under_torchrun_and_takes_up_what_one_process_began(pv, cfg, run, uninterrupted, team):
+    with pytest.raises(Crash):
+        pv.fit(cfg, on_epoch=crash)
+    begun = pv.read_history(run / "history.csv")
+    flags = []
+    for field in ("output_dir", "checkpoint_dir", "image_size", "kl_weight"):
+        flags += [f"--{field.replace('_', '-')}", getattr(cfg, field)]
+    done = team(2, Path(__file__).parents[1] / "pegasus_vae.py", "--mode", "paper", *flags)
+    assert done.returncode == 0, done.stderr
+    history = pv.read_history(run / "history.csv")
+    assert timeless(history)[:1] == timeless(begun)
+    assert_close(history, uninterrupted[2])
+    assert done.stdout.count("\nmode paper") + done.stdout.startswith("mode paper") == 1  # one process speaks
+    assert done.stdout.count("pegasus.png") == 1 and (run / "pegasus_vae.safetensors").exists()
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(pv, cfg, monkeypatch):
+    monkeypatch.setattr(pv, "RANKS", 3)
+    with pytest.raises(pv.ReaderError, match="3 processes cannot share a batch of 20 evenly"):
+        pv.fit(cfg)
+
+
+def test_images_that_do_not_fit_on_the_device_stay_where_they_are(pv):
+    class TooLarge:
+        def to(self, device):
+            raise torch.OutOfMemoryError
+
+    images = TooLarge()
+    assert pv.keep_near(images, "cuda") is images
+
+
+def test_compiling_is_tried_before_it_is_relied_on(pv, monkeypatch):
+    monkeypatch.setattr(pv.torch, "compile", crash)
+    assert not pv.compiles(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("steps, compiled", [(1999, False), (2000, True)])
+def test_a_long_run_on_a_gpu_is_compiled_and_a_short_one_is_not(pv, cfg, monkeypatch, steps, compiled):
+    asked = []
+    monkeypatch.setattr(pv.torch, "compile", lambda function, **how: asked.append(how) or function)
+    monkeypatch.setattr(pv, "compiles", lambda device: True)
+    vae = pv.VAE(cfg)
+    pv.loss_function(cfg, vae, torch.device("cuda"), steps)
+    pv.loss_function(cfg, vae, torch.device("cpu"), steps)
+    assert asked == [{"mode": "reduce-overhead"}] * compiled
 
 
 def test_another_recipe_is_refused_with_each_difference_named_and_the_state_is_kept(pv, cfg, run):
@@ -326,6 +447,71 @@ def test_a_full_disk_does_not_end_the_run_but_is_reported(pv, cfg, assert_same, 
         assert_same(pv.fit(cfg))
     said = capsys.readouterr()
     assert "No space left on device" in said.out + said.err
+
+
+# On a disk of its own, too small for two states: train, make room, train again.
+FULL = """
+import json, subprocess, sys
+import pegasus_vae as pv
+
+cfg = pv.Config(**json.loads(sys.argv[1]))
+cfg.checkpoint_dir.mkdir()
+subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sys.argv[2]}", "tmpfs", cfg.checkpoint_dir], check=True)
+pv.fit(cfg)
+run = cfg.checkpoint_dir / "runs" / cfg.run_name
+print(*sorted(file.name for file in run.iterdir()), "epoch", pv.torch.load(run / "state.pt")["epoch"])
+subprocess.run(["mount", "-o", "remount,size=64m", cfg.checkpoint_dir], check=True)
+vae, history = pv.fit(cfg)
+pv.torch.save((vae.state_dict(), history), sys.argv[3])
+"""
+
+
+@pytest.fixture
+def with_mounts(tmp_path):
+    """with_mounts(script, ...): run a Python script in a process that may mount file systems of its own."""
+    if subprocess.run("unshare -rm mount -t tmpfs tmpfs /mnt", shell=True, capture_output=True).returncode:
+        pytest.skip("this system lets no process mount file systems of its own (unshare -rm)")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def with_mounts(script, *arguments):
+        command = ["unshare", "-rm", sys.executable, "-c", script, *map(str, arguments)]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    return with_mounts
+
+
+def test_a_disk_that_is_really_full_costs_nothing_but_the_saving(pv, cfg, uninterrupted, with_mounts, tmp_path):
+    state = (uninterrupted[0].checkpoint_dir / "runs" / cfg.run_name / "state.pt").stat().st_size
+    done = with_mounts(FULL, cfg.model_dump_json(), int(state * 1.5), tmp_path / "outcome.pt")
+    assert done.returncode == 0, done.stderr
+    assert re.search("NOT saved, training goes on: .*state.pt: .*No space left on device", done.stderr), done.stderr
+    assert "history.csv lock pegasus_vae.safetensors state.pt epoch 1\n" in done.stdout  # no half-written file is left
+    weights, history = torch.load(tmp_path / "outcome.pt")
+    assert all(torch.equal(t, weights[name]) for name, t in uninterrupted[1].state_dict().items())
+    assert timeless(history) == timeless(uninterrupted[2])
+
+
+READ_ONLY = """
+import runpy, subprocess, sys
+
+_, folder, *sys.argv = sys.argv
+subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], check=True)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("setting", ["output_dir", "checkpoint_dir"])
+def test_a_read_only_folder_is_refused_in_one_line_that_names_the_setting(with_mounts, tmp_path, setting):
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    script = Path(__file__).parents[1] / "pegasus_vae.py"
+    flags = ["--mode", "smoke", "--output-dir", tmp_path / "outputs", "--checkpoint-dir", tmp_path / "checkpoints"]
+    flag = f"--{setting.replace('_', '-')}"
+    done = with_mounts(READ_ONLY, folder, script, *flags, flag, folder)
+    assert done.returncode == 1
+    reason = "Read-only file system): mend that, or name another folder with PEGASUS_" + setting.upper()
+    assert done.stderr.splitlines()[-1].startswith(f"error: cannot write to {folder}"), done.stderr
+    assert done.stderr.splitlines()[-1].endswith(reason) and "Traceback" not in done.stderr
 
 
 def spoil_loss(loss):
@@ -454,16 +640,17 @@ def test_a_file_without_usable_weights_is_refused_by_name(pv, checkpoint, spoil)
         pv.load_checkpoint(path)
 
 
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(pv, tmp_path):
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(pv, tmp_path, monkeypatch):
     path = tmp_path / "new" / "file"
-    pv.write_atomically(path, lambda file: file.write(b"old"))
+    pv.write_atomically(path, b"old")
+    with pytest.MonkeyPatch.context() as patch:
 
-    def write_half(file):
-        file.write(b"new, but")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        def fsync(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
-        pv.write_atomically(path, write_half)
-    assert path.read_bytes() == b"old"
-    pv.write_atomically(path, lambda file: file.write(b"new"))
+        patch.setattr(pv.os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space left"):
+            pv.write_atomically(path, b"new, but")
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+    pv.write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
