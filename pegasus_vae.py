@@ -65,6 +65,7 @@
 # %%
 import csv
 import hashlib
+import html
 import io
 import json
 import math
@@ -78,6 +79,7 @@ import threading
 import time
 import zlib
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -223,6 +225,8 @@ def find_device(cfg):
     device = torch.device(kind)
     if device.type == "cpu":
         return device
+    if RANKS > 1 and device.index is not None:
+        raise ReaderError(f"device {device}: torchrun gives each process a GPU of its own; use cuda")
     gpus = torch.cuda.device_count() if device.type == "cuda" else int(torch.backends.mps.is_available())
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -254,10 +258,10 @@ if __name__ == "__main__":
         show_traceback = sys.excepthook
 
         def show_error(kind, error, trace):
-            if kind is not ReaderError:
+            if kind is ReaderError:
+                print(f"error: {error}" + f" (process {RANK})" * (RANKS > 1), file=sys.stderr)
+            else:
                 show_traceback(kind, error, trace)
-            elif RANK == 0:
-                print(f"error: {error}", file=sys.stderr)
 
         sys.excepthook = show_error
     if RANK > 0:
@@ -358,7 +362,7 @@ def download_stl10(cfg):
 
     Raises ReaderError, with what to do, if there is no room or no network.
     """
-    cfg.data_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(cfg.data_dir, "PEGASUS_DATA_DIR")
     archive = cfg.data_dir / STL10.filename
     needed = 7.1e9  # bytes: archive 2.6, unpacked 3.1, cache 1.4 GB
     if archive.exists():
@@ -555,7 +559,9 @@ def build_cache(cfg, split, files, cache):
 # %%
 if __name__ == "__main__":
     if cfg.mode == "paper" and find_data(cfg) is None:
-        download_stl10(cfg)
+        with FileLock(cfg.output_dir / "download.lock"):  # other processes wait for the first one
+            if find_data(cfg) is None:
+                download_stl10(cfg)
     if find_data(cfg):
         train_images = load_images(cfg, "train+unlabeled")  # (N, 3, 64, 64) uint8
         counts = [len(load_images(cfg, "test", name)) for name in ("horse", "bird")]
@@ -1239,7 +1245,7 @@ def evaluate(vae, images):
 
 # %%
 def write_atomically(path, content, keep=None):
-    """Write content, bytes, to a temporary file beside path, flush it to disk, then rename it to path.
+    """Write content, bytes or a buffer, to a temporary file beside path, flush it to disk, then rename it to path.
 
     keep: rename what is at path to this name first.
     """
@@ -1341,9 +1347,10 @@ class TrainingRun:
         self.cfg, self.vae, self.optimizer = cfg, vae, optimizer
         self.folder = cfg.checkpoint_dir / "runs" / cfg.run_name
         self.path, self.previous = self.folder / "state.pt", self.folder / "state.pt.previous"
+        self.good = True  # whether the file at path, if any, deserves to be kept as .previous
         fingerprint = zlib.crc32(evenly_spread(images, 64).cpu().numpy().tobytes())
         self.recipe = json.loads(cfg.model_dump_json(exclude=self.FREE))
-        self.recipe |= {"images": len(images), "data": fingerprint}
+        self.recipe |= {"images": len(images), "data": fingerprint, "version": 1}
         self.epoch, self.step, self.history, self.saved = 0, 0, [], time.monotonic()
         self.steps = len(images) // cfg.batch_size  # an incomplete last batch is left out
         self.losses = torch.zeros(self.steps, 2, device=device_of(vae))
@@ -1365,17 +1372,18 @@ class TrainingRun:
 
         Of several processes the first one writes.
         """
-        self.check()
         self.saved = time.monotonic()
         if RANK > 0:
             return
+        self.check()
         state = {name: getattr(self, name) for name in ("recipe", "epoch", "step", "history")}
         state |= {"losses": self.losses[: self.step].clone()}
         state |= {"model": self.vae.state_dict(), "optimizer": self.optimizer.state_dict()}
         content = io.BytesIO()  # torch.save does not say why a file could not be written
         torch.save(state, content)
         try:
-            write_atomically(self.path, content.getvalue(), keep=self.previous)
+            write_atomically(self.path, content.getbuffer(), keep=self.previous if self.good else None)
+            self.good = True
             if self.history:
                 save_history(self.folder / "history.csv", self.history)
         except OSError as error:
@@ -1409,23 +1417,33 @@ class TrainingRun:
     def read(self, path):
         """The training state in a file; None if it is missing or damaged. Never runs code from the file."""
         try:
-            state = torch.load(path, self.losses.device, weights_only=True)
-            return state if state.keys() >= {"recipe", "epoch", "step", "history", "losses"} else None
+            state = torch.load(path, "cpu", weights_only=True)
+            return (
+                state if state.keys() >= {"recipe", "epoch", "step", "history", "losses", "model"} else None
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, MemoryError) as error:
+            raise ReaderError(
+                f"{path} cannot be read now ({error}): mend that, then run this again"
+            ) from None
         except Exception:  # torch.load fails in as many ways as a file can be damaged
             return None
 
     def resume(self):
         """Take up the saved state, if any; ReaderError if it is damaged or of another recipe."""
         state = self.read(self.path)
-        if state is None and (state := self.read(self.previous)):
-            os.replace(self.previous, self.path)  # or the next save would keep the damaged one
         if state is None:
+            state = self.read(self.previous)
+            self.good = False
             found = [str(path) for path in (self.path, self.previous) if path.exists()]
-            if found:
+            if state is None and found:
                 raise ReaderError(
                     f"{' and '.join(found)} cannot be read: delete {self.folder} to start again"
                 )
-            return
+            if state is None:
+                return
+            print(f"{self.path} cannot be read: going on from {self.previous}", file=sys.stderr)
         pairs = [(name, state["recipe"].get(name), new) for name, new in self.recipe.items()]
         differ = ", ".join(f"{name} was {old}, is {new}" for name, old, new in pairs if old != new)
         if differ:
@@ -1492,12 +1510,12 @@ def team(cfg, device):
     if cfg.batch_size % RANKS:
         raise ReaderError(f"{RANKS} processes cannot share a batch of {cfg.batch_size} evenly: change either")
     if RANKS > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        if RANKS > 1:
-            dist.destroy_process_group()
+    yield
+    if RANKS > 1:
+        dist.destroy_process_group()  # by all together: after an error torchrun ends the others
 
 
 # %%
@@ -1511,7 +1529,7 @@ def compiles(device):
 
 
 def loss_function(cfg, vae, device, steps):
-    """The loss of a batch as a function of its images, in the fastest form for that many steps.
+    """The loss of a batch as a function of its images, in the fastest form for a run of that many steps.
 
     Returns a function: images (N, 3, H, W) in [0, 1] -> Loss. Its gradients are averaged over all processes.
     """
@@ -1523,6 +1541,7 @@ def loss_function(cfg, vae, device, steps):
         return vae_loss(logits, x, mu, logvar, cfg.kl_weight, cfg.reduction)
 
     if device.type == "cuda" and steps >= 2000 and compiles(device):  # compiling takes about a minute
+        torch.compiler.reset()  # an earlier run with other settings would make these variable, and so slower
         return torch.compile(loss_of, mode="reduce-overhead" if RANKS == 1 else None)
     return loss_of
 
@@ -1546,7 +1565,8 @@ def fit(cfg, on_epoch=None):
     with only_here(run.folder), team(cfg, device), stop_button() as stopped:
         run.resume()
         done, total = run.epoch * run.steps + run.step, cfg.epochs * run.steps
-        loss_of = loss_function(cfg, vae, device, total - done)
+        loss_of = loss_function(cfg, vae, device, total)
+        random = torch.cuda if device.type == "cuda" else torch  # seeding all kinds of device takes longer
         bar = tqdm(desc=f"training {cfg.run_name}", initial=done, total=total, unit="step", disable=RANK > 0)
         while run.epoch < cfg.epochs and not stopped.is_set():
             started, first = time.monotonic(), run.step
@@ -1559,7 +1579,7 @@ def fit(cfg, on_epoch=None):
                 batch = order[run.step * cfg.batch_size : (run.step + 1) * cfg.batch_size]
                 x = to_device(images[batch[RANK::RANKS]], device)  # (batch_size / RANKS, 3, 64, 64)
                 position = (run.epoch * run.steps + run.step) * RANKS + RANK
-                torch.manual_seed(cfg.seed * 10**9 + position)  # of the noise in reparameterize
+                random.manual_seed(cfg.seed * 10**9 + position)  # of the noise in reparameterize
                 loss = loss_of(x)
                 loss.total.backward()
                 optimizer.step()
@@ -1603,7 +1623,10 @@ def watch(vae, history):
         originals = evenly_spread(load_images(cfg, "test"), 8)
         rows = {"held out": originals, "reconstruction": decode_images(vae, encode_mean(vae, originals))}
         alt = f"Eight held-out photographs above their reconstructions after epoch {epoch}"
-        show_rows(rows, "training", alt, f"After epoch {epoch}", update=True)
+        try:
+            show_rows(rows, "training", alt, f"After epoch {epoch}", update=True)
+        except OSError as error:  # a full disk, say
+            print(f"NOT drawn, training goes on: {error}", file=sys.stderr)
 
 
 # %%
@@ -1780,17 +1803,36 @@ if __name__ == "__main__":
 #
 # This is the only part of the method that needs a person, and the most pleasant one. Picks made by us come
 # with the notebook, so everything runs at once; as soon as you change one, yours are used, and kept in
-# `outputs/picks.json`. Delete that file to get ours back. To edit it by hand: `horse` and `bird` list the
-# `index` of a picture in its class of the test split and the `crc32` of its pixels; `"dark": true` marks a
-# bird to be negated; the first horse is mixed with the first bird, and so on.
+# `outputs/picks.json`. Delete that file and run the notebook again to get ours back.
+#
+# Without a mouse or widgets, edit the file by hand: `horse` and `bird` list the `index` of a picture in its
+# class of the test split and the `crc32` of its pixels, and the first horse is mixed with the first bird;
+# `"dark": true` marks a bird to be negated; `best` is the position of the best pegasus in the batch.
 #
 # ### The file of picks
 #
 # `PicksFile` knows nothing of widgets. Every change is saved at once and can be undone. A file that cannot be
-# read is set aside, not overwritten; an entry that does not fit the candidates is dropped and reported.
+# read is set aside, not overwritten; an entry that does not fit the candidates is dropped and reported. Two
+# open notebooks may share the file: what the other one saved is merged, as version control merges text, by
+# comparing both sides with what was last known to both.
 
 
 # %%
+def merge(base, mine, theirs):
+    """Groups of picks with the changes that led from base to mine and from base to theirs.
+
+    All are {group: indices in the order of picking}.
+    """
+    merged = {}
+    for group, indices in theirs.items():
+        removed = set(base[group]) - set(mine[group])
+        added = [index for index in mine[group] if index not in base[group] and index not in indices]
+        merged[group] = [index for index in indices if index not in removed] + added
+    merged["dark"] = [bird for bird in merged["dark"] if bird in merged["bird"]]
+    merged["best"] = merged["best"][-1:]
+    return merged
+
+
 class PicksFile:
     """Hand-made picks, kept in a JSON file that is rewritten at every change.
 
@@ -1810,17 +1852,18 @@ class PicksFile:
     def __init__(self, path, shipped, candidates, target, weights):
         self.path, self.candidates, self.target, self.weights = Path(path), candidates, target, weights
         crc32 = json.dumps([candidates["horse"], candidates["bird"]])
-        self.digest = hashlib.sha256(crc32.encode()).hexdigest()[:16]
+        self.data = {"split": "test"} | {f"{group}s": len(known) for group, known in candidates.items()}
+        self.data["digest"] = hashlib.sha256(crc32.encode()).hexdigest()[:16]
         self.groups = {"horse": [], "bird": [], "dark": [], "best": []}
-        self.lock, self.listeners, self.past, self.notes = threading.RLock(), [], [], []
-        self.origin, self.failure = "none", None
+        self.lock, self.listeners = threading.RLock(), {}  # {name: function to call after every change}
+        self.past, self.notes, self.origin, self.failure = [], [], "none", None
         own = self.read(self.path)
         if own:
-            self.accept(own, self.path)
-            self.origin = "your own"
-        elif (ours := self.read(Path(shipped))) and ours["data"]["digest"] == self.digest:
-            self.accept(ours | {group: ours[group][:target] for group in candidates}, shipped)
-            self.origin = "shipped"
+            self.groups, self.origin = self.understood(own, self.path), "your own"
+        elif (ours := self.read(Path(shipped))) and ours["data"]["digest"] == self.data["digest"]:
+            ours |= {group: ours[group][:target] for group in candidates}
+            self.groups, self.origin = self.understood(ours, shipped), "shipped"
+        self.known = self.groups, own  # what was last read or written: picks, and content of the file
 
     def __getitem__(self, group):
         with self.lock:
@@ -1845,30 +1888,31 @@ class PicksFile:
             raise ReaderError(f"{path} is {version}, this notebook reads {expected}: move it to start anew")
         return content
 
-    def accept(self, content, path):
-        """Take up content read from path, entry by entry."""
-        if content["data"]["digest"] != self.digest:
-            other = content["data"]["digest"]
+    def understood(self, content, path):
+        """The groups of picks in the content of path, without the entries that do not fit the candidates."""
+        if content["data"]["digest"] != self.data["digest"]:
             mend = "move it, or choose another folder with PEGASUS_OUTPUT_DIR"
-            raise ReaderError(f"{path} was made on data {other}, these are {self.digest}: {mend}")
+            raise ReaderError(f"{path} was made on {content['data']}, these are {self.data}: {mend}")
+        groups = {"horse": [], "bird": [], "dark": [], "best": []}
         for group, crc32 in self.candidates.items():
             for entry in content[group]:
                 index = entry.get("index") if isinstance(entry, dict) else None
                 known = isinstance(index, int) and 0 <= index < len(crc32)
-                if not known or crc32[index] != entry.get("crc32") or index in self.groups[group]:
+                if not known or crc32[index] != entry.get("crc32") or index in groups[group]:
                     self.notes.append(f"{path}: {group} {entry} dropped, unknown or picked twice")
                     continue
-                self.groups[group].append(index)
+                groups[group].append(index)
                 if group == "bird" and entry.get("dark"):
-                    self.groups["dark"].append(index)
+                    groups["dark"].append(index)
         best = content.get("best")
         if best is None or (isinstance(best, dict) and best.get("weights") != self.weights):
-            return  # nobody has picked one, or of other weights
+            return groups  # nobody has picked one, or of other weights
         index = best.get("index") if isinstance(best, dict) else None
         if isinstance(index, int) and 0 <= index < self.target:
-            self.groups["best"] = [index]
+            groups["best"] = [index]
         else:
             self.notes.append(f"{path}: best {best} dropped, no position in the batch")
+        return groups
 
     def change(self, group, index, picked):
         """Pick or unpick one candidate, and save.
@@ -1899,7 +1943,7 @@ class PicksFile:
     def suggest(self, orders):
         """Fill the groups from orders, {group: order}, without saving: nobody has picked anything yet."""
         self.groups |= {group: self.filled(group, order) for group, order in orders.items()}
-        self.origin = "suggested"
+        self.known, self.origin = (self.groups, None), "suggested"
 
     def replace(self, groups):
         """Make groups the current picks, remember the ones before, save, and tell the listeners."""
@@ -1908,29 +1952,44 @@ class PicksFile:
         self.save()
 
     def undo(self):
-        """Take back the last change, if there is one."""
+        """Take back the last change, if there is one; changes before a merge cannot be taken back."""
         with self.lock:
             if self.past:
                 self.groups = self.past.pop()
                 self.save()
 
     def save(self):
-        """Write the file; if that fails, the picks stay in memory and saved is False until it works again."""
-        content = {"schema": self.SCHEMA, "version": self.VERSION}
-        content["data"] = {"split": "test", "digest": self.digest}
+        """Merge what another notebook has saved, and write the file.
+
+        If that fails, the picks stay in memory and failure says why, until it works again.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self.path}.lock", timeout=10):
+                theirs = self.read(self.path)
+                if theirs and theirs != self.known[1]:
+                    self.groups = merge(self.known[0], self.groups, self.understood(theirs, self.path))
+                    self.past = []
+                content = self.content()
+                write_atomically(self.path, json.dumps(content, indent=1).encode())
+            self.known, self.failure, self.origin = (self.groups, content), None, "your own"
+        except OSError as error:
+            self.failure = f"{self.path} cannot be written: {error.strerror or error}"
+        except (ReaderError, Timeout) as error:
+            self.failure = str(error)
+        for listener in list(self.listeners.values()):
+            listener()
+
+    def content(self):
+        """The picks as they stand in the file."""
+        content = {"schema": self.SCHEMA, "version": self.VERSION, "data": self.data}
         for group, crc32 in self.candidates.items():
             content[group] = [{"index": index, "crc32": crc32[index]} for index in self.groups[group]]
         for entry in content["bird"]:
             entry |= {"dark": True} if entry["index"] in self.groups["dark"] else {}
         if self.groups["best"]:
             content["best"] = {"index": self.groups["best"][0], "weights": self.weights}
-        try:
-            write_atomically(self.path, json.dumps(content, indent=1).encode())
-            self.failure, self.origin = None, "your own"
-        except OSError as error:
-            self.failure = f"{self.path} cannot be written: {error.strerror}"
-        for listener in self.listeners:
-            listener()
+        return content
 
     def require(self, group):
         """The picked indices of "horse" or "bird"; ReaderError unless they are as many as the target."""
@@ -1947,7 +2006,8 @@ class PicksFile:
 #
 # Nobody wants to leaf through 1,339 birds. White animals stand out as a bright middle before a darker border,
 # nearly grey; wings as a shape that is much wider than an animal on its legs. Both are crude measures of
-# pixels, and good enough to bring the right pictures to the first pages.
+# pixels, and good enough to bring the right pictures to the first pages. Once you have some, their codes know
+# better than any measure of ours what you are looking for.
 
 
 # %%
@@ -1984,29 +2044,47 @@ def widest_first(images):
     return (across - 2 * filled - 10 * (filled < 0.04)).argsort(descending=True).tolist()
 
 
+def most_like(latents, picked):
+    """Indices of latents (N, latent_dim), first those whose codes point the same way as the mean of the picked.
+
+    The direction is compared, not the length; without any picks, the order stays as it is.
+    """
+    if not picked:
+        return list(range(len(latents)))
+    wanted = latents[picked].mean(dim=0, keepdim=True)
+    return F.cosine_similarity(latents, wanted).argsort(descending=True, stable=True).tolist()
+
+
 # %% [markdown]
 # ### The picker
 #
 # One checkbox a picture, forty pictures a page. A cell is built when it is first seen and belongs to its
 # picture for good, so that a click that crosses with a page turn still marks the picture you saw. The style
-# sheet stretches the label of the checkbox over the picture: click anywhere on it.
+# sheet stretches the label of the checkbox over the picture: click anywhere on it. With the keyboard, Tab
+# goes from picture to picture and Space picks.
 
 # %%
 PICKER_STYLE = """<style>
-.pegasus-grid { padding: 4px; }
-.pegasus-cell { position: relative; border-radius: 4px; }
+.pegasus-picker { --picked: #116329; --focus: #0550ae; }
+[data-jp-theme-light="false"] .pegasus-picker { --picked: #56d364; --focus: #79c0ff; }
+.pegasus-picker .pegasus-grid { padding: 6px; }
+.pegasus-cell { position: relative; border-radius: 4px; margin: 2px; }
 .pegasus-cell .widget-checkbox, .pegasus-cell .widget-label-basic { position: static; width: auto; }
 .pegasus-cell .widget-label-basic::after { content: ""; position: absolute; inset: 0; cursor: pointer; }
-.pegasus-cell:has(input:checked) { outline: 3px solid #1a7f37; font-weight: bold; }
-.pegasus-cell:has(input:focus-visible) { outline: 3px dashed #0550ae; }
+.pegasus-cell input { position: relative; z-index: 1; }
+.pegasus-cell:has(input:checked) { outline: 3px solid var(--picked); font-weight: bold; }
+.pegasus-cell:has(input:focus-visible) { outline: 4px dashed var(--focus); }
+.pegasus-picker :is(button, select):focus-visible { outline: 3px dashed var(--focus) !important; }
+[role=status] { line-height: 1.4; }
+.pegasus-picker [role=status], .pegasus-cell label { color: var(--jp-ui-font-color1, inherit); }
 </style>"""
 
 
 def jpeg(image):
-    """A uint8 image (3, H, W), enlarged to 96 pixels, as the bytes of a JPEG file."""
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((96, 96), Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=90)
+    """A uint8 image (3, H, W), enlarged to a height of 96 pixels, as the bytes of a JPEG file."""
+    picture, file = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
+    size = (96 * picture.width // picture.height, 96)
+    picture.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
@@ -2014,49 +2092,54 @@ def jpeg(image):
 class ImagePicker(widgets.VBox):
     """Pick images by checkbox, page by page; every change goes to picks at once.
 
-    images: uint8 (N, 3, H, W). picks: the PicksFile that all pickers of the notebook share. group: "horse",
-    "bird", "dark" (shows the picked birds) or "best" (one pick only). sorts: {name: indices in that order}.
+    picture: a function from the index of a candidate to what is shown of it, uint8 (3, H, W). picks: the
+    PicksFile that all pickers of the notebook share. group: "horse", "bird", "dark" (shows the picked
+    birds) or "best" (one pick only). sorts: {name: indices in that order, or a function that computes them
+    from the picks of the group}.
     """
 
-    def __init__(self, images, picks, group, sorts, per_page=40, columns=8):
-        self.images, self.picks, self.group, self.per_page = images, picks, group, per_page
-        self.cells, self.page = {}, 0
-        self.cell_layout = widgets.Layout(width="100px", align_items="center", padding="2px")
-        self.picture_layout = widgets.Layout(width="96px", height="96px")
-        shape = widgets.Layout(grid_template_columns=f"repeat({columns}, 104px)", grid_gap="6px")
-        self.grid = widgets.GridBox(layout=shape)
+    def __init__(self, picture, picks, group, sorts, per_page=40):
+        self.picture, self.picks, self.group, self.per_page = picture, picks, group, per_page
+        self.cells, self.page, self.order = {}, 0, []
+        self.cell_layout = widgets.Layout(align_items="center", padding="3px")
+        self.picture_layout = widgets.Layout(height="88px")
+        self.grid = widgets.Box(layout=widgets.Layout(flex_flow="row wrap", max_width="836px"))
         self.grid.add_class("pegasus-grid")
         self.status = widgets.HTML()
-        narrow = {"layout": widgets.Layout(width="180px"), "style": {"description_width": "40px"}}
         shown = ["all", "picked", "not picked"]
+        narrow = {"layout": widgets.Layout(width="200px"), "style": {"description_width": "40px"}}
         self.sort = widgets.Dropdown(options=sorts, description="Sort", **narrow)
         self.show = widgets.Dropdown(options=shown, description="Show", **narrow)
-        actions = {
-            "Previous": lambda _: self.go_to(self.page - 1),
-            "Next": lambda _: self.go_to(self.page + 1),
-        }
-        actions["Undo"] = lambda _: picks.undo()
-        if group in picks.candidates:
-            actions["Suggest"] = lambda _: picks.fill(group, self.sort.value)
-        fixed = widgets.Layout(width="88px", flex="0 0 auto")
-        self.buttons = {name: widgets.Button(description=name, layout=fixed) for name in actions}
-        for name, button in self.buttons.items():
-            button.on_click(actions[name])
         for choice in (self.sort, self.show):
-            choice.observe(lambda _: self.go_to(0), "value")
-        picks.listeners.append(self.refresh)
-        wrap = widgets.Layout(flex_flow="row wrap")
-        bar = widgets.HBox([*self.buttons.values(), self.sort, self.show], layout=wrap)
+            choice.observe(lambda _: self.start(), "value")
+        self.buttons = {}
+        self.add_button("Previous", lambda: self.go_to(self.page - 1))
+        self.add_button("Next", lambda: self.go_to(self.page + 1))
+        self.add_button("Undo", picks.undo)
+        if group in picks.candidates:
+            self.add_button("Suggest", lambda: picks.fill(group, self.order))
+        bar = [*self.buttons.values(), self.sort, self.show]
+        bar = widgets.HBox(bar, layout=widgets.Layout(flex_flow="row wrap"))
         super().__init__([widgets.HTML(PICKER_STYLE), bar, self.status, self.grid])
-        self.refresh()
+        self.add_class("pegasus-picker")
+        picks.listeners[group] = self.refresh  # a newer picker of the group takes its place
+        self.start()
 
     def __repr__(self):
         return f"Picker of {self.group}: open the notebook in Jupyter and run it to click on pictures"
 
+    def add_button(self, name, action):
+        """Make a button that calls action()."""
+        fixed = widgets.Layout(width="88px", flex="0 0 auto")
+        self.buttons[name] = widgets.Button(description=name, layout=fixed)
+        self.buttons[name].on_click(lambda _: action())
+
     def cell(self, index):
         """Picture and checkbox of a candidate, built on first use."""
         if index not in self.cells:
-            picture = widgets.Image(value=jpeg(self.images[index]), format="jpeg", layout=self.picture_layout)
+            picture = widgets.Image(
+                value=jpeg(self.picture(index)), format="jpeg", layout=self.picture_layout
+            )
             picked = index in self.picks[self.group]
             box = widgets.Checkbox(value=picked, description=f"#{index}", indent=False)
             box.observe(lambda change: self.picks.change(self.group, index, change["new"]), "value")
@@ -2064,10 +2147,16 @@ class ImagePicker(widgets.VBox):
             self.cells[index].add_class("pegasus-cell")
         return self.cells[index]
 
+    def start(self):
+        """Sort anew and show the first page."""
+        sort = self.sort.value
+        self.order = sort(self.picks[self.group]) if callable(sort) else list(sort)
+        self.go_to(0)
+
     def visible(self):
         """Indices that pass the filter, in the chosen order."""
         picked, pool = set(self.picks[self.group]), set(self.picks["bird"])
-        order = [index for index in self.sort.value if self.group != "dark" or index in pool]
+        order = [index for index in self.order if self.group != "dark" or index in pool]
         if self.show.value == "all":
             return order
         return [index for index in order if (index in picked) == (self.show.value == "picked")]
@@ -2099,6 +2188,7 @@ class ImagePicker(widgets.VBox):
         whose = f"{self.picks.origin} picks" + (", saved" if self.picks.origin == "your own" else "")
         text += f"NOT saved: {self.picks.failure}" if self.picks.failure else whose
         text += "".join(f" · {note}" for note in self.picks.notes[-1:])
+        text = html.escape(text).replace("NOT saved", "<strong>NOT saved</strong>")
         self.status.value = f'<span role="status" aria-live="polite">{text}</span>'
 
 
@@ -2113,7 +2203,7 @@ if __name__ == "__main__":
         file = (Path(scratch) / "picks.json", Path(scratch) / "none", crc32, cfg.picks_per_class, "")
         trial = PicksFile(*file)
         orders = {"file order": range(len(birds.images))}
-        picker = ImagePicker(birds.images, trial, "bird", orders, per_page=8)
+        picker = ImagePicker(birds.images.__getitem__, trial, "bird", orders, per_page=8)
         picker.cell(3).children[1].value = True  # a click on bird 3
         trial.change("dark", 3, True)
         again = PicksFile(*file)
@@ -2139,36 +2229,46 @@ if __name__ == "__main__":
     crc32 = {"horse": horses.crc32, "bird": birds.crc32}
     shipped = cfg.checkpoint_dir / "picks.json"
     picks = PicksFile(cfg.output_dir / "picks.json", shipped, crc32, cfg.picks_per_class, weights_digest(vae))
-    horse_sorts = {"whitest first": whitest_first(horses.images), "file order": range(len(horses.images))}
+    horse_sorts = {"whitest first": whitest_first(horses.images)}
     bird_sorts = {"widest first": widest_first(birds.images), "whitest first": whitest_first(birds.images)}
-    bird_sorts["file order"] = range(len(birds.images))
+    for sorts, candidates in ((horse_sorts, horses), (bird_sorts, birds)):
+        sorts["most like my picks"] = partial(most_like, candidates.latents)
+        sorts["file order"] = range(len(candidates.images))
     for note in picks.notes:
         print(note)
     if picks.origin == "none":
         print("the shipped picks were made on other data: these are suggestions, for you to change")
         picks.suggest({"horse": horse_sorts["whitest first"], "bird": bird_sorts["widest first"]})
-    horse_picker = ImagePicker(horses.images, picks, "horse", horse_sorts)
+    horse_picker = ImagePicker(horses.images.__getitem__, picks, "horse", horse_sorts)
     if in_notebook:
         display(horse_picker)
 
 # %%
 if __name__ == "__main__":
-    bird_picker = ImagePicker(birds.images, picks, "bird", bird_sorts)
+    bird_picker = ImagePicker(birds.images.__getitem__, picks, "bird", bird_sorts)
     if in_notebook:
         display(bird_picker)
 
 # %% [markdown]
 # Now mark the birds whose wings are darker than what is behind them. A code and its negative swap light and
-# dark (we shall see how well), so a marked bird comes out with light wings.
+# dark (the next section measures how well), so a marked bird comes out with light wings. Each picked bird
+# stands beside what the negative of its code decodes to: mark it if you like the right one better.
+
 
 # %%
+def beside_negative(index):
+    """A bird as it is and, on its right, what the negative of its code decodes to: uint8 (3, H, 2 W)."""
+    negative = (decode_images(vae, -birds.latents[index : index + 1]) * 255).round().byte()
+    return torch.cat([birds.images[index], negative[0]], dim=2)
+
+
 if __name__ == "__main__":
-    dark_picker = ImagePicker(birds.images, picks, "dark", bird_sorts)
+    dark_picker = ImagePicker(beside_negative, picks, "dark", bird_sorts, per_page=16)
     if in_notebook:
         display(dark_picker)
 
 # %% [markdown]
-# Change anything? Then run the cells from here on again.
+# Change anything? Then run the cells from here on again (Run, *Run Selected Cell and All Below*).
 
 
 # %%
@@ -2351,23 +2451,35 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### The best one
 #
-# Pick yours. It is remembered together with the picks, for these weights. Ours is number 12: head and neck of
-# a horse, and behind them a light hump where a folded wing would be.
+# Pick yours: a click writes it to `outputs/best.png`, four times enlarged. It is remembered together with the
+# picks, for these weights. Ours is number 12: head and neck of a horse, and behind them a light hump where a
+# folded wing would be.
+
 
 # %%
+def save_best():
+    """Write the best pegasus, picked or else the whitest, enlarged to best.png; returns its number."""
+    best = (picks["best"] or whitest_first(batch))[0]
+    large = F.interpolate(pegasi[best : best + 1], scale_factor=4, mode="bicubic").clamp(0, 1)
+    try:
+        save_image(large, cfg.output_dir / "best.png")
+    except OSError as error:
+        picks.notes.append(f"best.png cannot be written: {error.strerror}")
+    return best
+
+
 if __name__ == "__main__":
     batch = (pegasi * 255).round().byte()
     orders = {"as in the batch": range(len(batch)), "whitest first": whitest_first(batch)}
-    best_picker = ImagePicker(batch, picks, "best", orders, per_page=64)
+    picks.listeners["best.png"] = save_best
+    best_picker = ImagePicker(batch.__getitem__, picks, "best", orders, per_page=64)
     if in_notebook:
         display(best_picker)
 
 # %%
 if __name__ == "__main__":
-    best = (picks["best"] or whitest_first(batch))[0]
+    best = save_best()
     chosen = f"{picks.origin} pick" if picks["best"] else "the whitest, since nobody has picked one yet"
-    large = F.interpolate(pegasi[best : best + 1], scale_factor=4, mode="bicubic").clamp(0, 1)
-    save_image(large, cfg.output_dir / "best.png")
     print(f"best pegasus: number {best} ({chosen}), {cfg.output_dir / 'best.png'}")
     parents = [as_float(horses.images[horse_picks[best]]), as_float(birds.images[bird_picks[best]])]
     family = torch.stack([*parents, pegasi[best], pegasi_stretched[best]])

@@ -1,12 +1,14 @@
 """The file of picks and the picker, without a browser."""
 
-import errno
+import io
 import json
 import re
 import threading
+from functools import partial
 
 import pytest
 import torch
+from filelock import FileLock
 
 HORSES, BIRDS = [1000 + i for i in range(12)], [2000 + i for i in range(12)]  # checksums of the candidates
 
@@ -236,7 +238,7 @@ def test_a_file_of_other_data_is_refused_with_both_named_and_left_alone(pv, pick
     before, theirs = path.read_bytes(), json.loads(path.read_text())["data"]["digest"]
     with pytest.raises(pv.ReaderError) as refusal:
         open_picks(horses=HORSES[::-1])
-    ours = open_picks(path=path.with_name("new.json"), horses=HORSES[::-1]).digest
+    ours = open_picks(path=path.with_name("new.json"), horses=HORSES[::-1]).data["digest"]
     assert str(path) in str(refusal.value) and theirs in str(refusal.value) and ours in str(refusal.value)
     assert path.read_bytes() == before
 
@@ -299,20 +301,98 @@ def test_where_no_folder_can_be_made_picks_stay_in_memory_and_the_status_says_no
     assert "1 of 4 horses picked" in status(picker) and "NOT saved" in status(picker)
 
 
+def fill_the_disk(path):
+    """The next write beside path ends on the device that is always full."""
+    path.with_name(path.name + ".tmp").symlink_to("/dev/full")
+
+
 def test_a_full_disk_keeps_the_old_file_and_the_next_change_saves_everything(picks, open_picks, open_picker, path):
     picker, before = open_picker(picks, "horse"), path.read_bytes()
-    with pytest.MonkeyPatch.context() as patch:
-
-        def fail(*_):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        patch.setattr("os.fsync", fail)
-        click(picker, 0)
+    fill_the_disk(path)
+    click(picker, 0)
     assert picks["horse"] == [7, 2, 9, 0] and picks.failure and path.read_bytes() == before
-    assert "NOT saved" in status(picker) and "No space left" in status(picker)
+    assert "NOT saved" in status(picker) and "No space left" in status(picker) and ticked(picker) == [0, 2]
     click(picker, 1)
     assert picks.failure is None and "NOT saved" not in status(picker)
     assert open_picks()["horse"] == [7, 2, 9, 0, 1]
+
+
+def test_two_notebooks_on_one_file_keep_the_changes_of_both(picks, open_picks):
+    one, two = picks, open_picks()
+    one.change("horse", 11, True)
+    two.change("horse", 2, False)
+    two.change("bird", 0, True)
+    one.change("dark", 3, True)
+    two.change("dark", 5, False)
+    both = {"horse": [7, 9, 11], "bird": [5, 3, 0], "dark": [3], "best": []}
+    assert state(two) == state(open_picks()) == both
+
+
+def test_an_unpicked_bird_is_not_marked_by_the_other_notebook(picks, open_picks):
+    one, two = picks, open_picks()
+    one.change("bird", 3, False)
+    two.change("dark", 3, True)
+    assert state(two) == state(open_picks()) == PICKED | {"bird": [5], "best": []}
+
+
+def test_of_two_best_the_later_is_kept(picks, open_picks):
+    one, two = picks, open_picks()
+    one.change("best", 3, True)
+    two.change("best", 2, True)
+    assert two["best"] == open_picks()["best"] == [2]
+
+
+def test_undo_does_not_reach_behind_a_merge(picks, open_picks):
+    one, two = picks, open_picks()
+    two.change("horse", 11, True)
+    one.change("horse", 0, True)
+    one.undo()
+    assert one["horse"] == open_picks()["horse"] == [7, 2, 9, 11, 0]
+    one.change("horse", 1, True)
+    one.undo()
+    assert one["horse"] == open_picks()["horse"] == [7, 2, 9, 11, 0]
+
+
+def test_an_edit_by_hand_while_the_notebook_is_open_is_kept(picks, open_picks, path):
+    edit(path, horse=[{"index": 1, "crc32": HORSES[1]}, {"index": 7, "crc32": HORSES[7]}])
+    picks.change("bird", 0, True)
+    assert picks["horse"] == open_picks()["horse"] == [1, 7] and picks["bird"] == [5, 3, 0]
+
+
+def test_a_file_damaged_while_the_notebook_is_open_is_set_aside_and_nothing_is_lost(picks, open_picks, path):
+    path.write_text("{")
+    picks.change("horse", 0, True)
+    assert len(list(path.parent.glob("picks.bad-*.json"))) == 1 and picks.failure is None
+    assert state(open_picks()) == PICKED | {"horse": [7, 2, 9, 0], "best": []}
+
+
+def test_a_file_of_other_data_that_appears_meanwhile_is_left_alone_and_nothing_is_lost(picks, open_picker, path):
+    edit(path, data={"split": "test", "digest": "of other pictures"})
+    picker, before = open_picker(picks, "horse"), path.read_bytes()
+    click(picker, 0)
+    assert path.read_bytes() == before and picks["horse"] == [7, 2, 9, 0]
+    assert "NOT saved" in status(picker) and "of other pictures" in status(picker)
+
+
+def test_a_deleted_file_is_written_again_with_all_that_is_on_the_screen(picks, open_picks, path):
+    path.unlink()
+    picks.change("horse", 0, True)
+    assert state(open_picks()) == PICKED | {"horse": [7, 2, 9, 0], "best": []}
+
+
+def test_a_file_that_someone_else_holds_is_waited_for_and_then_reported(pv, picks, monkeypatch, path):
+    monkeypatch.setattr(pv, "FileLock", partial(pv.FileLock, blocking=False))
+    with FileLock(f"{path}.lock"):
+        picks.change("horse", 0, True)
+    assert "picks.json.lock" in picks.failure and picks["horse"] == [7, 2, 9, 0]
+
+
+def test_suggestions_do_not_crowd_out_what_another_notebook_saved(open_picks):
+    one, two = open_picks(), open_picks()
+    two.suggest({"horse": [4, 5, 6, 7], "bird": [4, 5, 6, 7]})
+    one.change("horse", 1, True)
+    two.change("horse", 2, True)
+    assert two["horse"] == [1, 2]
 
 
 def test_changes_from_several_threads_at_once_are_all_kept(open_picks):
@@ -333,13 +413,33 @@ def test_changes_from_several_threads_at_once_are_all_kept(open_picks):
     assert state(again) == state(picks)
 
 
+def test_changes_from_four_threads_of_two_notebooks_at_once_are_all_kept(open_picks):
+    many = list(range(80))
+    notebooks = [open_picks(horses=many, birds=many) for _ in range(2)]
+
+    def pick(notebook, group, half):
+        for index in many[half::2]:
+            notebook.change(group, index, True)
+
+    work = [(notebook, group, half) for half, notebook in enumerate(notebooks) for group in ("horse", "bird")]
+    threads = [threading.Thread(target=pick, args=arguments) for arguments in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [notebook.failure for notebook in notebooks] == [None, None]
+    final = open_picks(horses=many, birds=many)
+    assert sorted(final["horse"]) == sorted(final["bird"]) == many
+
+
 @pytest.fixture
 def open_picker(pv):
     """open_picker(picks, group): a picker of twelve pictures, five a page."""
     torch.manual_seed(0)
     images = torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8)
     sorts = {"file order": list(range(12)), "backwards": list(range(11, -1, -1))}
-    return lambda picks, group, **options: pv.ImagePicker(images, picks, group, sorts, **({"per_page": 5} | options))
+    options = {"per_page": 5}
+    return lambda picks, group, **more: pv.ImagePicker(images.__getitem__, picks, group, sorts, **options | more)
 
 
 def shown(picker):
@@ -472,3 +572,84 @@ def test_every_picture_has_a_label_with_its_number_and_is_a_jpeg(picks, open_pic
     picture, box = picker.grid.children[2].children
     assert box.description == "#2"
     assert picture.format == "jpeg" and bytes(picture.value[:2]) == b"\xff\xd8"
+
+
+def test_thousands_of_candidates_cost_no_more_than_a_page(pv, open_picks):
+    many = list(range(1339))
+    images = torch.zeros(1339, 3, 64, 64, dtype=torch.uint8)
+    looked_at = []
+    picks = open_picks(horses=many, birds=many)
+    picker = pv.ImagePicker(lambda index: looked_at.append(index) or images[index], picks, "bird", {"file order": many})
+    assert looked_at == many[:40] and "page 1 of 34" in status(picker)
+    for _ in range(33):
+        picker.buttons["Next"].click()
+    assert shown(picker) == many[1320:] and looked_at == many
+    picker.buttons["Previous"].click()
+    assert looked_at == many  # no picture is made twice
+
+
+def test_an_order_may_depend_on_the_picks_and_is_made_when_it_is_chosen(pv, picks, open_picker):
+    torch.manual_seed(0)
+    latents = torch.randn(12, 8)
+    sorts = {"file order": range(12), "most like my picks": partial(pv.most_like, latents)}
+    picker = pv.ImagePicker(torch.zeros(12, 3, 8, 8, dtype=torch.uint8).__getitem__, picks, "bird", sorts)
+    picker.sort.set_state({"index": 1})
+    wanted = latents[[5, 3]].mean(dim=0)
+    alike = torch.nn.functional.cosine_similarity(latents, wanted[None])
+    expected = alike.argsort(descending=True).tolist()
+    assert shown(picker) == expected
+    click(picker, expected[-1])
+    assert shown(picker) == expected  # pictures do not move under the reader's hand
+
+
+def test_without_picks_nothing_is_most_like_them(pv):
+    assert pv.most_like(torch.randn(5, 3), []) == [0, 1, 2, 3, 4]
+
+
+def test_wide_pictures_keep_their_shape(pv):
+    from PIL import Image
+
+    wide = Image.open(io.BytesIO(pv.jpeg(torch.zeros(3, 64, 128, dtype=torch.uint8))))
+    assert wide.size == (192, 96)
+
+
+def test_what_a_file_says_cannot_become_part_of_the_page(picks, open_picks, open_picker, path):
+    edit(path, best={"weights": "one", "index": "<img src=x onerror=alert(1)>"})
+    picker = open_picker(open_picks(), "horse")
+    assert "<img" not in picker.status.value and "&lt;img" in picker.status.value
+
+
+def test_a_newer_picker_of_a_group_takes_the_place_of_the_older(picks, open_picker):
+    older, newer = open_picker(picks, "horse"), open_picker(picks, "horse")
+    picks.change("horse", 0, True)
+    assert ticked(newer) == [0, 2] and ticked(older) == [2]
+
+
+def test_a_bird_stands_on_the_left_of_what_its_negative_decodes_to(pv, cfg, monkeypatch):
+    torch.manual_seed(0)
+    vae, latents = pv.VAE(cfg), torch.randn(3, cfg.latent_dim)
+    images = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
+    monkeypatch.setattr(pv, "vae", vae, raising=False)
+    monkeypatch.setattr(pv, "birds", pv.Candidates(images, latents, [0, 1, 2], True), raising=False)
+    pair = pv.beside_negative(2)
+    assert pair.shape == (3, 64, 128) and torch.equal(pair[:, :, :64], images[2])
+    expected = pv.decode_images(vae, -latents)[2] * 255
+    assert (pair[:, :, 64:].float() - expected).abs().max() < 2
+
+
+def test_the_best_is_enlarged_into_a_file_and_without_one_the_whitest(pv, cfg, picks, monkeypatch):
+    from PIL import Image
+
+    pegasi = torch.zeros(4, 3, 64, 64)
+    pegasi[2] += 0.9
+    pegasi[1] += 0.3
+    cfg.output_dir.mkdir(parents=True)
+    for name, value in {"cfg": cfg, "picks": picks, "pegasi": pegasi, "batch": (pegasi * 255).byte()}.items():
+        monkeypatch.setattr(pv, name, value, raising=False)
+    assert pv.save_best() == 1  # as picked
+    with Image.open(cfg.output_dir / "best.png") as best:
+        assert best.size == (256, 256) and abs(best.getpixel((128, 128))[0] - 0.3 * 255) < 2
+    picks.change("best", 1, False)
+    assert pv.save_best() == 2
+    monkeypatch.setattr(pv, "save_image", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert pv.save_best() == 2 and "best.png cannot be written: No space left" in picks.notes[-1]

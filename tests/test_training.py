@@ -326,6 +326,16 @@ def test_the_notebook_runs_under_torchrun_and_takes_up_what_one_process_began(pv
     assert done.stdout.count("pegasus.png") == 1 and (run / "pegasus_vae.safetensors").exists()
 
 
+def test_two_processes_take_up_a_state_whose_last_save_was_torn(pv, cfg, run, uninterrupted, team, tmp_path):
+    member, outcome = tmp_path / "member.py", tmp_path / "outcome.pt"
+    member.write_text(MEMBER)
+    pv.fit(cfg.model_copy(update={"output_dir": cfg.output_dir}))
+    DAMAGE["truncated"](run / "state.pt")
+    done = team(2, member, cfg.model_dump_json(), "", outcome)
+    assert done.returncode == 0, done.stderr
+    assert_close(torch.load(outcome)[1], uninterrupted[2])
+
+
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(pv, cfg, monkeypatch):
     monkeypatch.setattr(pv, "RANKS", 3)
     with pytest.raises(pv.ReaderError, match="3 processes cannot share a batch of 20 evenly"):
@@ -410,6 +420,40 @@ def test_two_damaged_states_are_refused_by_name_and_never_executed(pv, cfg, run,
     with pytest.raises(pv.ReaderError, match=f"{run}/state.pt .*{run}/state.pt.previous"):
         pv.fit(cfg)
     assert not (run / "sprung").exists()
+
+
+@pytest.mark.parametrize("error", [PermissionError("no permission"), MemoryError("no room")])
+def test_a_state_that_cannot_be_read_now_is_no_damaged_one_and_is_kept(pv, cfg, run, assert_same, error, monkeypatch):
+    with pytest.raises(Crash):
+        pv.fit(cfg, on_epoch=crash)
+    before = {path: path.read_bytes() for path in run.iterdir()}
+
+    def fail(*_, **__):
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pv.torch, "load", fail)
+        with pytest.raises(pv.ReaderError, match=f"state.pt cannot be read now .{error}.: mend that"):
+            pv.fit(cfg)
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert_same(pv.fit(cfg))
+
+
+def test_the_reader_is_told_that_the_state_before_is_used(pv, cfg, run, capsys):
+    pv.fit(cfg)
+    DAMAGE["truncated"](run / "state.pt")
+    pv.fit(cfg)
+    assert f"{run / 'state.pt'} cannot be read: going on from {run / 'state.pt.previous'}" in capsys.readouterr().err
+
+
+def test_a_figure_that_cannot_be_written_does_not_end_the_run(pv, cfg, uninterrupted, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pv, "cfg", cfg, raising=False)
+    monkeypatch.setattr(pv, "show_rows", fail)
+    pv.watch(*uninterrupted[1:])
+    assert "NOT drawn, training goes on" in capsys.readouterr().err
 
 
 def test_a_good_state_before_is_not_given_up_for_a_damaged_one(pv, cfg, run, assert_same):

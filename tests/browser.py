@@ -1,0 +1,206 @@
+"""A real JupyterLab, which also serves Notebook 7, and a real Chromium, for the tests of the pickers.
+
+python tests/browser.py          prints how fast the pickers are: first page, page flip, click to file
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import jupytext
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+QUIET = ["--ServerApp.port_retries=0", "--IdentityProvider.token=pegasus"]
+
+
+def until(condition, what, seconds=20):
+    """Poll condition() until it is true and return what it returned; AssertionError after that many seconds."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+class Jupyter:
+    """A Jupyter server that shows a copy of the notebook, without outputs, in a folder of its own."""
+
+    def __init__(self, folder, **settings):
+        """settings: environment variables for the kernel."""
+        self.folder = folder
+        jupytext.write(jupytext.read(ROOT / "pegasus_vae.py"), folder / "pegasus_vae.ipynb")
+        shutil.copytree(ROOT / "checkpoints", folder / "checkpoints", ignore=shutil.ignore_patterns("*.safetensors"))
+        news = folder / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+        news.mkdir(parents=True)
+        (news / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        own = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", *QUIET]
+        command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}"]
+        self.log = open(folder / "server.log", "w")
+        environment = os.environ | own | settings | {"PYTHONPATH": ""}
+        self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=self.log, stderr=self.log)
+        until(self.answers, f"the server starts, see {folder / 'server.log'}", 60)
+
+    def close(self):
+        self.process.terminate()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:  # it waits for the browser; kernels end with it
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+    def answers(self):
+        assert self.process.poll() is None, f"the server ended, see {self.folder / 'server.log'}"
+        try:
+            return self.sessions() is not None
+        except OSError:
+            return False
+
+    def sessions(self):
+        with urllib.request.urlopen(f"{self.url}/api/sessions?token=pegasus", timeout=10) as answer:
+            return {session["path"]: session["kernel"] for session in json.load(answer)}
+
+    def idle(self, name):
+        """Whether the kernel of a notebook is there, has a page, and has nothing to do."""
+        kernel = self.sessions().get(name)
+        return kernel and kernel["connections"] and kernel["execution_state"] == "idle"
+
+
+@contextmanager
+def chromium():
+    """A headless Chromium with an empty profile."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Notebook:
+    """The notebook in a page of the browser. interface: "lab" or "notebooks" (Notebook 7)."""
+
+    def __init__(self, jupyter, browser, interface, outputs):
+        self.jupyter, self.outputs = jupyter, outputs
+        self.name = f"{interface}.ipynb"  # a name of its own, and so a kernel of its own
+        shutil.copy(jupyter.folder / "pegasus_vae.ipynb", jupyter.folder / self.name)
+        self.page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        self.page.set_default_timeout(20_000)
+        path = f"lab/tree/{self.name}" if interface == "lab" else f"notebooks/{self.name}"
+        self.page.goto(f"{jupyter.url}/{path}?token=pegasus", timeout=60_000)
+        self.ready()
+
+    def ready(self):
+        """Wait for the kernel; where Jupyter asks which one, take the one it offers."""
+        idle = self.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first
+        dialog = self.page.locator(".jp-Dialog")
+        until(lambda: idle.count() or dialog.count(), "the notebook opens", 60)
+        if dialog.count():
+            self.page.keyboard.press("Enter")
+        idle.wait_for(timeout=60_000)
+        until(lambda: self.jupyter.idle(self.name), "the kernel is connected", 60)
+
+    def menu(self, menu, item):
+        self.page.get_by_role("menuitem", name=menu, exact=True).click()
+        self.page.locator(".lm-Menu-item").filter(has_text=item).first.click()
+
+    def run_all(self):
+        """Run all cells and wait for the last figure."""
+        last = self.outputs / "nearest.png"
+        last.unlink(missing_ok=True)
+        self.menu("Run", "Run All Cells")
+        until(lambda: last.exists() and self.jupyter.idle(self.name), "all cells have run", 120)
+
+    def picker(self, group):
+        """The picker of "horse", "bird", "dark" or "best", scrolled into view: cells out of sight are not drawn."""
+        words = {"dark": "marked as dark-winged", "best": "best pegasus picked"}
+        status = re.compile(words.get(group, rf"\d+ {group}s picked"))
+        picker = self.page.locator(".pegasus-picker").filter(
+            has=self.page.get_by_role("status").filter(has_text=status)
+        )
+        picker = picker.last
+        picker.wait_for(state="attached")
+
+        def drawn():
+            picker.scroll_into_view_if_needed()
+            return picker.get_by_role("status").inner_text()
+
+        until(drawn, f"the picker of {group} is drawn")
+        return picker
+
+
+def measure(notebook, picks):
+    """Print the seconds of ten first pages, page flips, and clicks until the file has followed."""
+    picker = notebook.picker("bird")
+    seconds = {"first page of 40": [], "page flip, 40 new pictures": [], "click to file": []}
+    undrawn = "imgs => imgs.length != 40 || imgs.some(i => i.dataset.seen || !i.complete || !i.naturalWidth)"
+    mark = "imgs => imgs.forEach(i => { i.dataset.seen = 1 })"
+
+    def drawn(action):
+        """Seconds from the action until forty pictures are drawn that were not there before."""
+        picker.locator("img").evaluate_all(mark)
+        started = time.perf_counter()
+        action()
+        until(lambda: not picker.locator("img").evaluate_all(undrawn), "the page is drawn")
+        return time.perf_counter() - started
+
+    code = picker.locator("xpath=ancestor::*[contains(@class, 'jp-CodeCell')]").locator(".cm-content")
+    for _ in range(10):
+        code.click()
+        seconds["first page of 40"].append(drawn(lambda: notebook.page.keyboard.press("Control+Enter")))
+    for _ in range(10):
+        following = picker.get_by_role("button", name="Next")
+        seconds["page flip, 40 new pictures"].append(drawn(following.click))
+    for turn in range(10):
+        before = picks.read_bytes() if picks.exists() else b""
+        started = time.perf_counter()
+        picker.get_by_role("checkbox").nth(turn).click()
+        until(lambda: picks.exists() and picks.read_bytes() != before, "the file follows")  # noqa: B023
+        seconds["click to file"].append(time.perf_counter() - started)
+    for what, values in seconds.items():
+        numbers = [min(values), statistics.median(values), max(values)]
+        print(f"{what:28}" + "".join(f"{number:8.2f}" for number in numbers))
+
+
+def main():
+    from conftest import draw_stl10
+
+    with tempfile.TemporaryDirectory() as scratch, chromium() as browser:
+        folder = Path(scratch)
+        draw_stl10(folder / "data", test_animals=1339)
+        (folder / "server").mkdir()
+        settings = {"PEGASUS_DATA_DIR": folder / "data", "PEGASUS_OUTPUT_DIR": folder / "outputs"}
+        jupyter = Jupyter(folder / "server", **{name: str(value) for name, value in settings.items()})
+        try:
+            print(f"{os.cpu_count()} cores, Chromium {browser.version}, 1,339 birds; seconds")
+            print(f"{'':28}     min  median     max")
+            for interface in ("lab", "notebooks"):
+                (folder / "outputs" / "picks.json").unlink(missing_ok=True)
+                notebook = Notebook(jupyter, browser, interface, folder / "outputs")
+                print({"lab": "JupyterLab", "notebooks": "Notebook 7"}[interface])
+                notebook.run_all()
+                measure(notebook, folder / "outputs" / "picks.json")
+        finally:
+            jupyter.close()
+
+
+if __name__ == "__main__":
+    main()

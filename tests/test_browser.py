@@ -1,0 +1,278 @@
+"""The pickers in a real browser: our notebook in smoke mode, in JupyterLab and in Notebook 7."""
+
+import json
+import re
+
+import pytest
+
+import browser
+from browser import Jupyter, Notebook, until
+from conftest import draw_stl10
+
+pytestmark = pytest.mark.skipif(
+    browser.CHROMIUM is None, reason="no Chromium: apt-get install chromium, and the browser tests run"
+)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser.chromium() as chromium:
+        yield chromium
+
+
+@pytest.fixture(scope="module")
+def jupyter(tmp_path_factory):
+    """A server whose kernels see 60 horses and 60 birds, so that there are two pages of them."""
+    folder = tmp_path_factory.mktemp("jupyter")
+    draw_stl10(folder / "data", test_animals=60)
+    outputs = {"PEGASUS_OUTPUT_DIR": str(folder / "outputs"), "PEGASUS_CHECKPOINT_DIR": str(folder / "checkpoints")}
+    (folder / "server").mkdir()
+    jupyter = Jupyter(folder / "server", PEGASUS_DATA_DIR=str(folder / "data"), **outputs)
+    yield jupyter
+    jupyter.close()
+
+
+@pytest.fixture(scope="module", params=["lab", "notebooks"])
+def notebook(request, jupyter, chromium):
+    """The notebook, all cells run; the second one resumes the finished training of the first."""
+    outputs = jupyter.folder.parent / "outputs"
+    (outputs / "picks.json").unlink(missing_ok=True)
+    notebook = Notebook(jupyter, chromium, request.param, outputs)
+    notebook.run_all()
+    yield notebook
+    notebook.page.close()
+
+
+@pytest.fixture
+def picks(notebook):
+    """picks(): the content of the reader's picks file, None as long as there is none."""
+    path = notebook.outputs / "picks.json"
+    return lambda: json.loads(path.read_text()) if path.exists() else None
+
+
+def picked(content, group):
+    return [entry["index"] for entry in content[group]] if content else None
+
+
+def cells(picker):
+    """[number, ticked] of the pictures on the page, in the order in which they stand."""
+    drawn = "cells.filter(cell => cell.textContent.includes('#'))"  # during a page turn some are not yet
+    number_and_tick = "cell => [Number(cell.textContent.match(/#(\\d+)/)[1]), cell.querySelector('input').checked]"
+    return picker.locator(".pegasus-cell").evaluate_all(f"cells => {drawn}.map({number_and_tick})")
+
+
+def numbers(picker):
+    return [number for number, _ in cells(picker)]
+
+
+def ticked(picker):
+    return [number for number, is_ticked in cells(picker) if is_ticked]
+
+
+def box(picker, number):
+    return picker.get_by_role("checkbox", name=f"#{number}", exact=True)
+
+
+def press(picker, name):
+    picker.get_by_role("button", name=name, exact=True).click()
+
+
+def status(picker):
+    return picker.get_by_role("status").inner_text()
+
+
+def choose(picker, name, option):
+    picker.get_by_role("combobox", name=name).select_option(option)
+
+
+def test_a_click_on_the_box_and_a_click_on_the_picture_pick(notebook, picks):
+    horses = notebook.picker("horse")
+    assert "suggested picks" in status(horses) and picks() is None
+    chosen = ticked(horses)
+    assert len(chosen) == 16
+    box(horses, chosen[3]).click()
+    until(lambda: picked(picks(), "horse") == chosen[:3] + chosen[4:], "the unpicked horse leaves the file")
+    picture = horses.locator(".pegasus-cell").nth(numbers(horses).index(chosen[3])).locator("img")
+    place = picture.bounding_box()
+    notebook.page.mouse.click(place["x"] + place["width"] / 2, place["y"] + place["height"] / 3)
+    until(lambda: picked(picks(), "horse") == chosen[:3] + chosen[4:] + [chosen[3]], "the horse is picked again")
+    assert box(horses, chosen[3]).is_checked()
+    until(lambda: "16 of 16 horses picked" in status(horses) and "your own picks, saved" in status(horses), "status")
+
+
+def test_the_keyboard_reaches_every_control_with_a_visible_focus_and_space_picks(notebook, picks):
+    horses, page = notebook.picker("horse"), notebook.page
+    horses.get_by_role("button", name="Previous").focus()
+    focused = "document.activeElement"
+    style = f"getComputedStyle({focused}.closest('.pegasus-cell') ?? {focused})"
+    names = []
+    for _ in range(6 + 2):
+        names.append(page.evaluate(f"({focused}.labels[0] ?? {focused}).innerText").strip())
+        page.keyboard.press("Tab")
+        assert page.evaluate(f"{style}.outlineStyle == 'dashed' && parseFloat({style}.outlineWidth) >= 3"), names
+    first, second, third = numbers(horses)[:3]
+    assert names == ["Previous", "Next", "Undo", "Suggest", "Sort", "Show", f"#{first}", f"#{second}"]
+    before = box(horses, third).is_checked()
+    page.keyboard.press("Space")
+    until(lambda: (third in picked(picks(), "horse")) is not before, "Space picks")
+    page.keyboard.press("Space")
+    until(lambda: (third in picked(picks(), "horse")) is before, "Space unpicks")
+
+
+def test_undo_takes_back_the_last_change_on_page_and_in_file(notebook, picks):
+    horses, before = notebook.picker("horse"), picks()
+    number = ticked(horses)[0]
+    box(horses, number).click()
+    until(lambda: number not in picked(picks(), "horse"), "unpicked")
+    press(horses, "Undo")
+    until(lambda: picks() == before, "the file is as it was")
+    until(lambda: box(horses, number).is_checked(), "the box is ticked again")
+
+
+def test_pages_turn_orders_change_and_the_filter_shows_the_picked(notebook, picks):
+    birds = notebook.picker("bird")
+    first = numbers(birds)
+    assert len(first) == 40 and "page 1 of 2" in status(birds)
+    press(birds, "Next")
+    until(lambda: "page 2 of 2" in status(birds) and len(numbers(birds)) == 20, "the second page")
+    assert set(numbers(birds)) == set(range(60)) - set(first)
+    choose(birds, "Sort", "file order")
+    until(lambda: numbers(birds) == list(range(40)), "file order, from the first page")
+    choose(birds, "Show", "picked")
+    until(lambda: sorted(numbers(birds)) == sorted(picked(picks(), "bird")), "the picked only")
+    choose(birds, "Show", "not picked")
+    until(lambda: len(numbers(birds)) == 40 and not ticked(birds), "the others only")
+    choose(birds, "Show", "all")
+    choose(birds, "Sort", "most like my picks")
+    until(lambda: numbers(birds) != list(range(40)) and len(numbers(birds)) == 40, "by their codes")
+    choose(birds, "Sort", "widest first")
+    until(lambda: numbers(birds) == first, "the first order")
+
+
+def test_suggest_fills_what_is_missing(notebook, picks):
+    birds = notebook.picker("bird")
+    missing = picked(picks(), "bird")[:3]
+    for number in missing:
+        box(birds, number).click()
+    until(lambda: len(picked(picks(), "bird")) == 13, "three are unpicked")
+    until(lambda: "13 of 16 birds picked" in status(birds), "the status counts")
+    press(birds, "Suggest")
+    until(lambda: picked(picks(), "bird")[13:] == missing, "the first of the order are back")
+
+
+def test_a_click_in_the_same_instant_as_next_marks_the_picture_that_was_seen(notebook, picks):
+    birds = notebook.picker("bird")
+    number = next(number for number in numbers(birds) if number not in picked(picks(), "bird"))
+    following = birds.get_by_role("button", name="Next").element_handle()
+    box(birds, number).evaluate("(box, next) => { next.click(); box.click(); }", following)
+    until(lambda: picked(picks(), "bird")[-1] == number, "the picture that was seen is picked")
+    until(lambda: "page 2 of 2" in status(birds), "and the page has turned")
+    press(birds, "Previous")
+    until(lambda: number in numbers(birds) and box(birds, number).is_checked(), "ticked when it is seen again")
+    press(birds, "Undo")
+    until(lambda: number not in picked(picks(), "bird"), "undone")
+
+
+def test_a_bird_and_its_negative_stand_side_by_side_and_its_mark_goes_with_it(notebook, picks):
+    number = picked(picks(), "bird")[0]
+    dark = notebook.picker("dark")
+    assert numbers(dark) and set(numbers(dark)) <= set(picked(picks(), "bird"))
+    shape = dark.locator("img").first.bounding_box()
+    assert shape["width"] == pytest.approx(2 * shape["height"], rel=0.05)
+    choose(dark, "Sort", "file order")
+    until(lambda: number in numbers(dark), "the bird is shown")
+    box(dark, number).click()
+    until(lambda: {"dark": True}.items() <= picks()["bird"][0].items(), "marked")
+    until(lambda: "1 birds marked" in status(dark) or "1 bird marked" in status(dark), "counted")
+    birds = notebook.picker("bird")
+    choose(birds, "Sort", "file order")
+    until(lambda: numbers(birds)[:1] == [0], "in file order")
+    if number not in numbers(birds):
+        press(birds, "Next")
+    until(lambda: number in numbers(birds), "the bird is on the page")
+    box(birds, number).click()
+    until(lambda: number not in picked(picks(), "bird") and '"dark"' not in json.dumps(picks()), "the mark is gone")
+    press(birds, "Undo")
+    until(lambda: picks()["bird"][0] == picks()["bird"][0] | {"index": number, "dark": True}, "both are back")
+
+
+def test_the_best_is_written_at_once_and_there_is_only_one(notebook, picks):
+    best = notebook.picker("best")
+    assert len(numbers(best)) == 16
+    image = notebook.outputs / "best.png"
+    for number in (5, 9):
+        before = image.read_bytes()
+        box(best, number).click()
+        until(lambda: (picks() or {}).get("best", {}).get("index") == number, "in the file")  # noqa: B023
+        until(lambda: image.read_bytes() != before, "best.png follows")  # noqa: B023
+        until(lambda: ticked(best) == [number], "alone")  # noqa: B023
+    assert re.fullmatch("[0-9a-f]{8}", picks()["best"]["weights"])
+
+
+def test_a_full_disk_shows_not_saved_and_the_next_click_saves_both(notebook, picks):
+    horses = notebook.picker("horse")
+    one, two = [number for number in numbers(horses) if number not in picked(picks(), "horse")][:2]
+    (notebook.outputs / "picks.json.tmp").symlink_to("/dev/full")
+    box(horses, one).click()
+    until(lambda: "NOT saved" in status(horses) and "No space left on device" in status(horses), "the reader is told")
+    assert one not in picked(picks(), "horse") and box(horses, one).is_checked()
+    box(horses, two).click()
+    until(lambda: picked(picks(), "horse")[-2:] == [one, two], "both are saved")
+    until(lambda: "NOT saved" not in status(horses) and "18 of 16 horses picked: remove 2" in status(horses), "status")
+    press(horses, "Undo")
+    press(horses, "Undo")
+    until(lambda: not {one, two} & set(picked(picks(), "horse")), "undone")
+
+
+def test_colour_is_not_the_only_sign_and_is_strong_enough_in_both_themes(notebook):
+    horses = notebook.picker("horse")
+    number = ticked(horses)[0]
+    assert box(horses, number).is_checked()  # a tick, besides the frame
+    for light in ("true", "false"):
+        background = "#ffffff" if light == "true" else "#111111"
+        notebook.page.evaluate("light => { document.body.dataset.jpThemeLight = light }", light)
+        for name in ("--picked", "--focus"):
+            colour = horses.evaluate("(e, name) => getComputedStyle(e).getPropertyValue(name).trim()", name)
+            assert contrast(colour, background) >= 4.5, f"{name} {colour} on {background}"
+    notebook.page.evaluate("() => { document.body.dataset.jpThemeLight = 'true' }")
+
+
+def contrast(one, two):
+    """Contrast ratio of two colours #rrggbb as WCAG 2 defines it, 1 to 21."""
+
+    def luminance(colour):
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear))
+
+    light, dark = sorted((luminance(one), luminance(two)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_a_reload_of_the_page_keeps_the_picker_alive(notebook, picks):
+    notebook.page.keyboard.press("Escape")
+    notebook.menu("File", "Save Notebook")
+    path = notebook.jupyter.folder / notebook.name
+    until(lambda: "widget-view" in path.read_text(), "the notebook is saved with its outputs")
+    notebook.page.reload()
+    notebook.ready()
+    horses = notebook.picker("horse")
+    until(lambda: ticked(horses), "the boxes are drawn again")
+    number = ticked(horses)[0]
+    box(horses, number).click()
+    until(lambda: number not in picked(picks(), "horse"), "a click still reaches the file")
+
+
+def test_a_restarted_kernel_takes_up_the_picks_of_the_file(notebook, picks):
+    before = picks()
+    assert len(picked(before, "horse")) == 15  # since the reload
+    notebook.menu("Kernel", "Restart Kernel")
+    notebook.page.locator(".jp-Dialog").locator(".jp-mod-accept").click()
+    notebook.page.locator(".jp-Dialog").wait_for(state="detached")
+    notebook.menu("Run", "Run All Cells")
+    until(lambda: notebook.jupyter.idle(notebook.name), "the cells run", 120)
+    horses = notebook.picker("horse")
+    until(lambda: "15 of 16 horses picked" in status(horses) and "your own picks" in status(horses), "resumed", 60)
+    assert picks() == before
+    press(horses, "Suggest")
+    until(lambda: len(picked(picks(), "horse")) == 16, "and can be changed")
