@@ -2283,6 +2283,10 @@ if __name__ == "__main__":
     dark_winged = torch.tensor([bird in picks["dark"] for bird in bird_picks])  # (picks_per_class,)
     counts = f"{len(horse_picks)} horses, {len(bird_picks)} birds, {dark_winged.sum()} with dark wings"
     print(f"{picks.origin} picks: {counts}")
+    for group, chosen, sorts in (("horse", horse_picks, horse_sorts), ("bird", bird_picks, bird_sorts)):
+        name, order = next(iter(sorts.items()))
+        agreed = len(set(chosen) & set(order[: len(chosen)]))
+        print(f"Suggest, {name}, would have picked {agreed} of these {len(chosen)} {group}s")
     alt = "Sheet of the picked horses, most of them white"
     contact_sheet(horses.images[horse_picks], "horses", alt, "Picked horses")
     alt = "Sheet of the picked birds, white ones and birds with open wings"
@@ -2517,6 +2521,31 @@ if __name__ == "__main__":
 # between.
 
 # %% [markdown]
+# ### The pairing
+#
+# Our picks are paired by pose: horse and bird face the same way where possible. Does it matter? The same
+# horses, each with another of the birds, drawn at random:
+
+# %%
+if __name__ == "__main__":
+    shuffled = torch.randperm(len(bird_mu), generator=torch.Generator().manual_seed(cfg.seed))
+    other_birds = bird_mu[shuffled], dark_winged[shuffled]
+    pegasi_random = decode_images(vae, make_pegasus(horse_mu, *other_birds, cfg.horse_weight))
+    for name, birds_mu, images in (
+        ("by pose", signed_mu, pegasi),
+        ("at random", signed_mu[shuffled], pegasi_random),
+    ):
+        likeness = F.cosine_similarity(horse_mu, birds_mu, dim=1).mean()
+        contrast = images.mean(dim=1).std(dim=(1, 2)).mean()  # of brightness, over pixels
+        print(f"{name:>9}: likeness of horse and bird {likeness:+.3f}, contrast of the pegasi {contrast:.3f}")
+    rows = {"paired\nby pose": pegasi[:16], "paired\nat random": pegasi_random[:16]}
+    alt = "Sixteen pegasi of horses and birds paired by pose, above the same horses with other birds"
+    show_rows(rows, "pairing", alt, "Does the pairing matter?")
+
+# %% [markdown]
+# PAIRING
+
+# %% [markdown]
 # ### White, and different from each other
 #
 # **Paper.** Nearly every pegasus of the batch is white. Our whiteness is the measure of the sort above: the
@@ -2563,41 +2592,45 @@ if __name__ == "__main__":
 # ### Copied, or new?
 #
 # A generator could cheat by storing its training pictures. For eight pegasi, the best first, we look for the
-# nearest picture, by pixels and by code. Nearest by code must be its own parents or something close to them;
-# by pixels, among the training photographs where a data folder is present, otherwise among the candidates.
+# nearest training photographs, or, without a data folder, the nearest candidates: by pixels, and by code
+# among the 256 that are nearest by pixels. Among the candidates, the nearest by code must be a parent of the
+# pegasus or something close to one.
 
 
 # %%
-def nearest(queries, pool, chunk=2048):
-    """The nearest of pool to each query, by Euclidean distance.
+def nearest(queries, pool, count=1, chunk=2048):
+    """The count nearest of pool to each query, by Euclidean distance, the nearest first.
 
-    queries: (N, ...); pool: (M, ...). Returns indices into pool and distances, each (N,).
+    queries: (N, ...); pool: (M, ...). Returns indices into pool and distances, each (N, count).
     """
     queries = as_float(queries).flatten(1)
     parts = progress(pool.split(chunk), "searching")
-    distance = [torch.cdist(queries, as_float(part).flatten(1)) for part in parts]  # of (N, chunk)
-    distance = torch.cat(distance, dim=1)  # (N, M)
-    return distance.argmin(dim=1), distance.amin(dim=1)
+    distance = torch.cat([torch.cdist(queries, as_float(part).flatten(1)) for part in parts], dim=1)  # (N, M)
+    distance, index = distance.topk(min(count, len(pool)), largest=False)
+    return index, distance
 
 
 # %%
 if __name__ == "__main__":
     eight = [best, *(position for position in whitest_first(batch) if position != best)][:8]
-    candidates = torch.cat([horses.images, birds.images])
-    by_code, _ = nearest(pegasus_mu[eight], torch.cat([horses.latents, birds.latents]))
-    name, photographs = "candidates", candidates
-    if find_data(cfg):
-        name, photographs = "training", load_images(cfg, "train+unlabeled")
-    by_pixels, distance = nearest(pegasi[eight], photographs)
-    rows = {"pegasus": pegasi[eight], f"{name},\nby pixels": as_float(photographs[by_pixels])}
-    rows["candidates,\nby code"] = as_float(candidates[by_code])
+    candidates, latents = torch.cat([horses.images, birds.images]), torch.cat([horses.latents, birds.latents])
+    parents = [(horse_picks[i], len(horses.images) + bird_picks[i]) for i in eight]
+    by_code = nearest(pegasus_mu[eight], latents)[0][:, 0]
+    own = sum(code.item() in pair for code, pair in zip(by_code, parents))
+    print(f"among the candidates, nearest by code is one of its own parents for {own} of {len(eight)}")
+    originals = find_data(cfg) is not None
+    name = "training" if originals else "candidates"
+    photographs = load_images(cfg, "train+unlabeled") if originals else candidates
+    close, distance = nearest(pegasi[eight], photographs, 256)  # (8, 256)
+    codes = encode_mean(vae, photographs[close.flatten()]) if originals else latents[close.flatten()]
+    codes = codes.view(*close.shape, -1)  # (8, 256, latent_dim)
+    alike = [close[i, nearest(pegasus_mu[eight[i]][None], codes[i])[0][0, 0]] for i in range(len(eight))]
+    rows = {"pegasus": pegasi[eight], f"{name},\nby pixels": as_float(photographs[close[:, 0]])}
+    rows[f"{name},\nby code"] = as_float(photographs[torch.stack(alike)])
     alt = "Eight pegasi above the pictures that are nearest to them; none is the same picture"
     show_rows(rows, "nearest", alt, "Nearest pictures")
-    rms = distance / pegasi[0].numel() ** 0.5
+    rms = distance[:, 0] / pegasi[0].numel() ** 0.5
     print(f"rms distance to the nearest picture by pixels: {rms.min():.3f} to {rms.max():.3f}")
-    parents = [(horse_picks[i], len(horses.images) + bird_picks[i]) for i in eight]
-    own = sum(code.item() in pair for code, pair in zip(by_code, parents))
-    print(f"nearest by code is one of its own parents for {own} of {len(eight)}")
 
 # %% [markdown]
 # The nearest pictures share a pegasus's large areas, its ground and its pale middle, and not its shape. If

@@ -149,14 +149,23 @@ def test_diversity_is_zero_for_equal_images_and_one_between_black_and_white(pv):
 def test_nearest_finds_each_picture_itself_at_no_distance(pv, chunk):
     torch.manual_seed(0)
     pool = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8)
-    found, distance = pv.nearest(pool[[7, 0, 4]], pool, chunk)
-    assert found.tolist() == [7, 0, 4]
-    assert distance.tolist() == pytest.approx([0, 0, 0], abs=0.05)
+    found, distance = pv.nearest(pool[[7, 0, 4]], pool, chunk=chunk)
+    assert found.tolist() == [[7], [0], [4]]
+    assert distance.flatten().tolist() == pytest.approx([0, 0, 0], abs=0.05)
 
 
 def test_nearest_gives_the_euclidean_distance(pv):
-    found, distance = pv.nearest(torch.tensor([[0.0, 0.0], [9.0, 9.0]]), torch.tensor([[3.0, 4.0], [9.0, 10.0]]))
-    assert found.tolist() == [0, 1] and distance.tolist() == pytest.approx([5, 1])
+    pool = torch.tensor([[3.0, 4.0], [9.0, 10.0]])
+    found, distance = pv.nearest(torch.tensor([[0.0, 0.0], [9.0, 9.0]]), pool)
+    assert found.tolist() == [[0], [1]] and distance.flatten().tolist() == pytest.approx([5, 1])
+
+
+@pytest.mark.parametrize("chunk", [2, 2048])
+def test_several_nearest_come_in_the_order_of_their_distance(pv, chunk):
+    pool = torch.tensor([[4.0], [1.0], [9.0], [2.0], [0.5]])
+    found, distance = pv.nearest(torch.tensor([[0.0], [9.0]]), pool, 3, chunk)
+    assert found.tolist() == [[4, 1, 3], [2, 0, 3]] and distance.tolist() == [[0.5, 1, 2], [0, 5, 7]]
+    assert pv.nearest(pool, pool, 99)[0].shape == (5, 5)
 
 
 @pytest.fixture
