@@ -336,9 +336,10 @@ def test_two_processes_take_up_a_state_whose_last_save_was_torn(pv, cfg, run, un
     assert_close(torch.load(outcome)[1], uninterrupted[2])
 
 
-def test_a_batch_that_cannot_be_shared_evenly_is_refused(pv, cfg, monkeypatch):
-    monkeypatch.setattr(pv, "RANKS", 3)
-    with pytest.raises(pv.ReaderError, match="3 processes cannot share a batch of 20 evenly"):
+@pytest.mark.parametrize("processes", [3, 20])
+def test_a_batch_that_cannot_be_shared_is_refused(pv, cfg, monkeypatch, processes):
+    monkeypatch.setattr(pv, "RANKS", processes)
+    with pytest.raises(pv.ReaderError, match=f"{processes} processes cannot share a batch of 20 evenly, two"):
         pv.fit(cfg)
 
 
