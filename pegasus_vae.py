@@ -79,6 +79,7 @@ import threading
 import time
 import zlib
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -155,6 +156,9 @@ class Config(BaseSettings):
         64, ge=4, le=512, multiple_of=4, description="channels after the first encoder block"
     )
     latent_dim: int = Field(512, ge=2, le=8192, description="how many numbers describe an image")
+    latent_size: int = Field(
+        1, ge=1, le=64, description="side of the grid that these numbers are spread over; 1: the paper's"
+    )
     blocks_per_stage: int = Field(1, ge=1, le=8, description="residual blocks at each resolution")
     batch_size: int = Field(64, ge=2, le=4096, description="images in a training step")
     epochs: int = Field(100, ge=1, le=10_000, description="passes over the training images")
@@ -181,6 +185,25 @@ class Config(BaseSettings):
                 f"unknown environment variable {', '.join(unknown)}; known are {', '.join(sorted(known))}"
             )
         return values
+
+    @model_validator(mode="after")
+    def refuse_an_uneven_grid(self):
+        if self.latent_size > 1 and (
+            self.image_size != self.latent_size * 2**self.stages or self.stages == 0
+        ):
+            raise ValueError(
+                f"latent_size {self.latent_size} is not image_size {self.image_size} halved a few times"
+            )
+        if self.latent_dim % self.latent_size**2:
+            raise ValueError(
+                f"latent_dim {self.latent_dim} cannot be spread over {self.latent_size}x{self.latent_size}"
+            )
+        return self
+
+    @property
+    def stages(self):
+        """How often the encoder halves the picture: four times, or until it is as small as the latent grid."""
+        return 4 if self.latent_size == 1 else (self.image_size // self.latent_size).bit_length() - 1
 
 
 # %%
@@ -786,7 +809,8 @@ if __name__ == "__main__":
 # Four stages halve the picture from 64 to 4 and widen it from 3 to 512 channels. Then two convolutions as
 # large as what is left, 4x4, look at everything at once and give 512 means and 512 log-variances. With
 # `blocks_per_stage` above 1 (the deeper network that the paper's section 3 suggests) further blocks that do
-# not resize follow in each stage.
+# not resize follow in each stage. With `latent_size` 8, which is not the paper's, the picture is halved only
+# until it is 8x8, and the same 512 numbers are laid out as 8 for each of these cells.
 #
 # > Choice: widths 64, 128, 256 and 512, and 4x4 convolutions to 512 means. Why: the paper's drawing is lost;
 # > this gives 19.75 million parameters and a code 24 times shorter than its picture.
@@ -801,17 +825,19 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        widths = [3] + [cfg.base_channels * factor for factor in (1, 2, 4, 8)]
+        widths = [3] + [cfg.base_channels * 2**stage for stage in range(cfg.stages)]
         stages = []
         for narrow, wide in zip(widths, widths[1:]):
             stages.append(EncoderBlock(narrow, wide))
             stages += [EncoderBlock(wide, wide, scale=1) for _ in range(cfg.blocks_per_stage - 1)]
         self.stages = nn.Sequential(*stages)
-        self.to_mu = nn.Conv2d(widths[-1], cfg.latent_dim, cfg.image_size // 16)
-        self.to_logvar = nn.Conv2d(widths[-1], cfg.latent_dim, cfg.image_size // 16)
+        channels = cfg.latent_dim // cfg.latent_size**2  # in each cell of the latent grid
+        kernel = cfg.image_size // 2**cfg.stages // cfg.latent_size
+        self.to_mu = nn.Conv2d(widths[-1], channels, kernel)
+        self.to_logvar = nn.Conv2d(widths[-1], channels, kernel)
 
     def forward(self, images):
-        features = self.stages(images)  # (N, 8 * base_channels, 4, 4)
+        features = self.stages(images)  # (N, 8 * base_channels, 4, 4) with the paper's settings
         return self.to_mu(features).flatten(1), self.to_logvar(features).flatten(1)
 
 
@@ -838,8 +864,10 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        widths = [cfg.base_channels * 8 // factor for factor in (1, 2, 4, 8, 16)]
-        stages = [DecoderBlock(cfg.latent_dim, widths[0], scale=cfg.image_size // 16)]
+        widths = [cfg.base_channels * 2**stage // 2 for stage in range(cfg.stages, -1, -1)]
+        self.grid = (cfg.latent_dim // cfg.latent_size**2, cfg.latent_size, cfg.latent_size)
+        spread = cfg.image_size // 2**cfg.stages // cfg.latent_size
+        stages = [DecoderBlock(self.grid[0], widths[0], scale=spread)]
         for wide, narrow in zip(widths, widths[1:]):
             stages += [DecoderBlock(wide, wide, scale=1) for _ in range(cfg.blocks_per_stage - 1)]
             stages.append(DecoderBlock(wide, narrow))
@@ -847,7 +875,7 @@ class Decoder(nn.Module):
         self.to_logits = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z):
-        return self.to_logits(self.stages(z[:, :, None, None]))  # enters as (N, latent_dim, 1, 1)
+        return self.to_logits(self.stages(z.unflatten(1, self.grid)))  # enters as (N, latent_dim, 1, 1)
 
 
 # %%
@@ -936,9 +964,7 @@ def trace_shapes(vae, cfg):
 
             hooks.append(part.register_forward_hook(record))
     sampled = "z = mu +\nsigma eps"
-    hooks.append(
-        vae.decoder.register_forward_pre_hook(lambda _, z: shapes.append((sampled, (*z[0].shape[1:], 1, 1))))
-    )
+    hooks.append(vae.decoder.register_forward_pre_hook(lambda *_: shapes.append((sampled, vae.decoder.grid))))
     with inference(vae):
         vae(torch.zeros(1, 3, cfg.image_size, cfg.image_size, device=device_of(vae)))
     for hook in hooks:
@@ -1806,23 +1832,26 @@ if __name__ == "__main__":
 # with the notebook, so everything runs at once; as soon as you change one, yours are used, and kept in
 # `outputs/picks.json`. Delete that file and run the notebook again to get ours back.
 #
-# Without a mouse or widgets, edit the file by hand: `horse` and `bird` list the `index` of a picture in its
-# class of the test split and the `crc32` of its pixels, and the first horse is mixed with the first bird;
-# `"dark": true` marks a bird to be negated; `best` is the position of the best pegasus in the batch.
+# Without widgets, `picks.change("horse", 606, True)` in a cell does what a click does. In the file, `horse` and
+# `bird` list the `index` of a picture in its class of the test split and the `crc32` of its pixels, and the
+# first horse is mixed with the first bird; `"dark": true` marks a bird to be negated; `best` holds the
+# position of the best pegasus in the batch, for each model and weight that made one.
 #
 # ### The file of picks
 #
-# `PicksFile` knows nothing of widgets. Every change is saved at once and can be undone. A file that cannot be
-# read is set aside, not overwritten; an entry that does not fit the candidates is dropped and reported. Two
-# open notebooks may share the file: what the other one saved is merged, as version control merges text, by
-# comparing both sides with what was last known to both.
+# `PicksFile` knows nothing of widgets. Every change is saved at once; undo takes back the latest, in whichever
+# picker it was made. A file that cannot be read is set aside, not overwritten; an entry that does not fit the
+# candidates is dropped and reported. Two open notebooks may share the file: what the other one saved is merged
+# at your next change, as version control merges text, by comparing both sides with what was last known to
+# both.
 
 
 # %%
 def merge(base, mine, theirs):
     """Groups of picks with the changes that led from base to mine and from base to theirs.
 
-    All are {group: indices in the order of picking}.
+    All are {group: indices in the order of picking}. The best pegasus is kept only with the parents that it
+    was picked with.
     """
     merged = {}
     for group, indices in theirs.items():
@@ -1830,8 +1859,9 @@ def merge(base, mine, theirs):
         added = [index for index in mine[group] if index not in base[group] and index not in indices]
         merged[group] = [index for index in indices if index not in removed] + added
     merged["dark"] = [bird for bird in merged["dark"] if bird in merged["bird"]]
-    merged["best"] = merged["best"][-1:]
-    return merged
+    source = mine if mine["best"] != base["best"] else theirs
+    same = all(merged[group] == source[group] for group in ("horse", "bird", "dark"))
+    return merged | {"best": source["best"] if same else []}
 
 
 class PicksFile:
@@ -1839,8 +1869,8 @@ class PicksFile:
 
     path: the reader's own file, used where it exists. shipped: the file to start from where it does not,
     provided that it was made for these candidates. candidates: {"horse": [crc32, ...], "bird": [crc32,
-    ...]}, what there is to pick. target: how many to pick of each. weights: names the model, for which
-    alone a best pegasus is remembered.
+    ...]}, what there is to pick. target: how many to pick of each. maker: names what draws the batch, the
+    weights for instance, for which alone a best pegasus is remembered.
 
     picks["horse"] and picks["bird"] are candidate indices in the order of picking, picks["dark"] those of
     picked birds with dark wings, picks["best"] the position of the best pegasus in the batch. origin says
@@ -1850,18 +1880,19 @@ class PicksFile:
 
     SCHEMA, VERSION = "pegasus_vae picks", 1
 
-    def __init__(self, path, shipped, candidates, target, weights):
-        self.path, self.candidates, self.target, self.weights = Path(path), candidates, target, weights
+    def __init__(self, path, shipped, candidates, target, maker):
+        self.path, self.candidates, self.target, self.maker = Path(path), candidates, target, maker
         crc32 = json.dumps([candidates["horse"], candidates["bird"]])
         self.data = {"split": "test"} | {f"{group}s": len(known) for group, known in candidates.items()}
         self.data["digest"] = hashlib.sha256(crc32.encode()).hexdigest()[:16]
         self.groups = {"horse": [], "bird": [], "dark": [], "best": []}
         self.lock, self.listeners = threading.RLock(), {}  # {name: function to call after every change}
         self.past, self.notes, self.origin, self.failure = [], [], "none", None
+        self.bests, self.drawn = {}, None  # the best of other makers; the parents of the batch on the screen
         own = self.read(self.path)
         if own:
             self.groups, self.origin = self.understood(own, self.path), "your own"
-        elif (ours := self.read(Path(shipped))) and ours["data"]["digest"] == self.data["digest"]:
+        elif (ours := self.read(Path(shipped), True)) and ours["data"]["digest"] == self.data["digest"]:
             ours |= {group: ours[group][:target] for group in candidates}
             self.groups, self.origin = self.understood(ours, shipped), "shipped"
         self.known = self.groups, own  # what was last read or written: picks, and content of the file
@@ -1870,30 +1901,36 @@ class PicksFile:
         with self.lock:
             return list(self.groups[group])
 
-    def read(self, path):
+    def read(self, path, shipped=False):
         """The content of a picks file; None if there is none, or if it is damaged and so set aside."""
-        if not path.exists():
-            return None
         try:
             content = json.loads(path.read_text())
             version, expected = (content["schema"], content["version"]), (self.SCHEMA, self.VERSION)
             if version == expected:
                 content["horse"], content["bird"] = list(content["horse"]), list(content["bird"])
                 content["data"]["digest"]
-        except (ValueError, KeyError, TypeError):
-            aside = path.with_name(f"picks.bad-{time.strftime('%Y%m%d-%H%M%S')}.json")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if shipped:
+                raise ReaderError(f"{path} is damaged: restore it (git checkout -- checkpoints)") from None
+            aside = path.with_name(f"picks.bad-{datetime.now():%Y%m%d-%H%M%S-%f}.json")
             os.replace(path, aside)
             self.notes.append(f"{path} was not a picks file and is now {aside}")
             return None
+        except OSError as error:
+            raise ReaderError(f"{path} cannot be read ({error.strerror}): mend or move it") from None
         if version != expected:
-            raise ReaderError(f"{path} is {version}, this notebook reads {expected}: move it to start anew")
+            found, reads = (f"{schema} version {number}" for schema, number in (version, expected))
+            raise ReaderError(f"{path} is {found}, this notebook reads {reads}: move it to start anew")
         return content
 
     def understood(self, content, path):
         """The groups of picks in the content of path, without the entries that do not fit the candidates."""
         if content["data"]["digest"] != self.data["digest"]:
+            other, these = (", ".join(f"{k} {v}" for k, v in d.items()) for d in (content["data"], self.data))
             mend = "move it, or choose another folder with PEGASUS_OUTPUT_DIR"
-            raise ReaderError(f"{path} was made on {content['data']}, these are {self.data}: {mend}")
+            raise ReaderError(f"{path} was made on other data ({other}) than these ({these}): {mend}")
         groups = {"horse": [], "bird": [], "dark": [], "best": []}
         for group, crc32 in self.candidates.items():
             for entry in content[group]:
@@ -1905,15 +1942,24 @@ class PicksFile:
                 groups[group].append(index)
                 if group == "bird" and entry.get("dark"):
                     groups["dark"].append(index)
-        best = content.get("best")
-        if best is None or (isinstance(best, dict) and best.get("weights") != self.weights):
-            return groups  # nobody has picked one, or of other weights
-        index = best.get("index") if isinstance(best, dict) else None
-        if isinstance(index, int) and 0 <= index < self.target:
-            groups["best"] = [index]
-        else:
-            self.notes.append(f"{path}: best {best} dropped, no position in the batch")
+        try:
+            self.bests = dict(content.get("best", {}))
+        except (TypeError, ValueError):
+            self.notes.append(f"{path}: best {content['best']} dropped, it does not say of which model")
+            self.bests = {}
+        best = self.bests.pop(self.maker, None)
+        if isinstance(best, dict) and best.get("parents") == self.parents(groups):
+            index = best.get("index")
+            if isinstance(index, int) and 0 <= index < self.target:
+                groups["best"] = [index]
+            else:
+                self.notes.append(f"{path}: best {index} dropped, no position in the batch")
         return groups
+
+    def parents(self, groups):
+        """Eight hexadecimal digits that identify the parents of a batch."""
+        text = json.dumps([groups["horse"], groups["bird"], sorted(groups["dark"])])
+        return f"{zlib.crc32(text.encode()):08x}"
 
     def change(self, group, index, picked):
         """Pick or unpick one candidate, and save.
@@ -1924,6 +1970,11 @@ class PicksFile:
             impossible = group == "dark" and index not in self.groups["bird"]
             if impossible or picked == (index in self.groups[group]):
                 return
+            if group == "best" and self.drawn not in (None, self.parents(self.groups)):
+                self.notes.append(
+                    "these pegasi have other parents than are picked now: run the cells above again"
+                )
+                return self.tell()
             rest = [other for other in self.groups[group] if other != index and group != "best"]
             groups = self.groups | {"best": []} | {group: [*rest, index] if picked else rest}
             groups["dark"] = [bird for bird in groups["dark"] if bird in groups["bird"]]
@@ -1942,9 +1993,11 @@ class PicksFile:
                 self.replace(self.groups | {group: self.filled(group, order), "best": []})
 
     def suggest(self, orders):
-        """Fill the groups from orders, {group: order}, without saving: nobody has picked anything yet."""
-        self.groups |= {group: self.filled(group, order) for group, order in orders.items()}
-        self.known, self.origin = (self.groups, None), "suggested"
+        """Fill the groups from orders, {group: order}, without saving: nobody has picked these."""
+        filled = self.groups | {group: self.filled(group, order) for group, order in orders.items()}
+        if filled != self.groups:
+            self.groups, self.origin = filled | {"best": []}, "suggested"
+            self.known = self.groups, None
 
     def replace(self, groups):
         """Make groups the current picks, remember the ones before, save, and tell the listeners."""
@@ -1959,25 +2012,37 @@ class PicksFile:
                 self.groups = self.past.pop()
                 self.save()
 
+    def take_up(self):
+        """Merge what another notebook, or a hand, has written to the file since it was last read."""
+        theirs = self.read(self.path)
+        if theirs and theirs != self.known[1]:
+            understood = self.understood(theirs, self.path)
+            if self.known[1] or self.past:
+                self.notes.append("merged with what was saved elsewhere; undo begins anew")
+            self.groups, self.past = merge(self.known[0], self.groups, understood), []
+            self.known, self.origin = (understood, theirs), "your own"
+
     def save(self):
         """Merge what another notebook has saved, and write the file.
 
         If that fails, the picks stay in memory and failure says why, until it works again.
         """
+        self.origin = "your own"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{self.path}.lock", timeout=10):
-                theirs = self.read(self.path)
-                if theirs and theirs != self.known[1]:
-                    self.groups = merge(self.known[0], self.groups, self.understood(theirs, self.path))
-                    self.past = []
+                self.take_up()
                 content = self.content()
                 write_atomically(self.path, json.dumps(content, indent=1).encode())
-            self.known, self.failure, self.origin = (self.groups, content), None, "your own"
+            self.known, self.failure = (self.groups, content), None
         except OSError as error:
             self.failure = f"{self.path} cannot be written: {error.strerror or error}"
-        except (ReaderError, Timeout) as error:
+        except Exception as error:  # whatever it is that keeps picks from the disk, the reader must see it
             self.failure = str(error)
+        self.tell()
+
+    def tell(self):
+        """Call the listeners."""
         for listener in list(self.listeners.values()):
             listener()
 
@@ -1988,25 +2053,38 @@ class PicksFile:
             content[group] = [{"index": index, "crc32": crc32[index]} for index in self.groups[group]]
         for entry in content["bird"]:
             entry |= {"dark": True} if entry["index"] in self.groups["dark"] else {}
+        content["best"] = dict(self.bests)
         if self.groups["best"]:
-            content["best"] = {"index": self.groups["best"][0], "weights": self.weights}
+            best = {"index": self.groups["best"][0], "parents": self.parents(self.groups)}
+            content["best"][self.maker] = best
         return content
 
-    def require(self, group):
-        """The picked indices of "horse" or "bird"; ReaderError unless they are as many as the target."""
-        surplus = len(self.groups[group]) - self.target
-        if surplus:
-            mend = f"remove {surplus}" if surplus > 0 else f"pick {-surplus} more"
-            count = f"{len(self.groups[group])} of {self.target} {group}s picked"
-            raise ReaderError(f"{count}: {mend} in the picker above (Suggest fills up), then run this again")
-        return self[group]
+    def require(self):
+        """The picked horses, the picked birds, and for each bird whether its wings are dark, as the file has
+        them now: two lists of indices and a bool tensor.
+
+        Raises ReaderError unless both are as many as the target.
+        """
+        with self.lock:
+            self.take_up()
+            for group in self.candidates:
+                surplus = len(self.groups[group]) - self.target
+                if surplus:
+                    mend = f"remove {surplus}" if surplus > 0 else f"pick {-surplus} more"
+                    count = f"{len(self.groups[group])} of {self.target} {group}s picked"
+                    raise ReaderError(
+                        f"{count}: {mend} in the picker above (Suggest fills up), then run this again"
+                    )
+            self.drawn = self.parents(self.groups)
+            dark_winged = torch.tensor([bird in self.groups["dark"] for bird in self.groups["bird"]])
+            return self["horse"], self["bird"], dark_winged
 
 
 # %% [markdown]
 # ### Orders that help
 #
-# Nobody wants to leaf through 1,339 birds. White animals stand out as a bright middle before a darker border,
-# nearly grey; wings as a shape that is much wider than an animal on its legs. Both are crude measures of
+# Nobody wants to leaf through 1,339 birds. White animals stand out as a bright, nearly grey middle before a
+# darker border; wings as a shape that is much wider than an animal on its legs. Both are crude measures of
 # pixels, and good enough to bring the right pictures to the first pages. Once you have some, their codes know
 # better than any measure of ours what you are looking for.
 
@@ -2076,7 +2154,7 @@ PICKER_STYLE = """<style>
 .pegasus-cell:has(input:checked) { outline: 3px solid var(--picked); font-weight: bold; }
 .pegasus-cell:has(input:focus-visible) { outline: 4px dashed var(--focus); }
 .pegasus-picker :is(button, select):focus-visible { outline: 3px dashed var(--focus) !important; }
-[role=status] { line-height: 1.4; }
+.pegasus-picker [role=status] { line-height: 1.4; }
 .pegasus-picker [role=status], .pegasus-cell label { color: var(--jp-ui-font-color1, inherit); }
 </style>"""
 
@@ -2096,12 +2174,16 @@ class ImagePicker(widgets.VBox):
     picture: a function from the index of a candidate to what is shown of it, uint8 (3, H, W). picks: the
     PicksFile that all pickers of the notebook share. group: "horse", "bird", "dark" (shows the picked
     birds) or "best" (one pick only). sorts: {name: indices in that order, or a function that computes them
-    from the picks of the group}.
+    from the picks of the group}. on_pick(index) is called when a click has picked a candidate.
     """
 
-    def __init__(self, picture, picks, group, sorts, per_page=40):
+    latest = {}  # {group: picker}: an older one is closed, or its widgets would live as long as the kernel
+
+    def __init__(self, picture, picks, group, sorts, per_page=40, on_pick=None):
         self.picture, self.picks, self.group, self.per_page = picture, picks, group, per_page
-        self.cells, self.page, self.order = {}, 0, []
+        self.on_pick = on_pick
+        self.cells, self.order, self.page, self.pages, self.trouble = {}, [], 0, 1, None
+        self.tick_layout, self.tick_style = widgets.Layout(), None  # shared by all checkboxes
         self.cell_layout = widgets.Layout(align_items="center", padding="3px")
         self.picture_layout = widgets.Layout(height="88px")
         self.grid = widgets.Box(layout=widgets.Layout(flex_flow="row wrap", max_width="836px"))
@@ -2112,7 +2194,7 @@ class ImagePicker(widgets.VBox):
         self.sort = widgets.Dropdown(options=sorts, description="Sort", **narrow)
         self.show = widgets.Dropdown(options=shown, description="Show", **narrow)
         for choice in (self.sort, self.show):
-            choice.observe(lambda _: self.start(), "value")
+            choice.observe(lambda _: self.attempt(self.start), "value")
         self.buttons = {}
         self.add_button("Previous", lambda: self.go_to(self.page - 1))
         self.add_button("Next", lambda: self.go_to(self.page + 1))
@@ -2123,8 +2205,26 @@ class ImagePicker(widgets.VBox):
         bar = widgets.HBox(bar, layout=widgets.Layout(flex_flow="row wrap"))
         super().__init__([widgets.HTML(PICKER_STYLE), bar, self.status, self.grid])
         self.add_class("pegasus-picker")
-        picks.listeners[group] = self.refresh  # a newer picker of the group takes its place
-        self.start()
+        if group in ImagePicker.latest:
+            ImagePicker.latest[group].discard()
+        ImagePicker.latest[group] = self
+        picks.listeners[group] = lambda: self.attempt(self.refresh)
+        self.attempt(self.start)
+
+    def discard(self):
+        """Close all widgets that the picker is made of."""
+        for box in (*self.cells.values(), self.children[1], self):
+            for widget in (*box.children, box):
+                widget.close()
+
+    def attempt(self, action):
+        """Call action(); if it fails, say so in the status line, since Jupyter hides errors of callbacks."""
+        with self.picks.lock:
+            try:
+                action()
+            except Exception as error:
+                self.trouble = f"{type(error).__name__}: {error}"
+                self.refresh_status()
 
     def __repr__(self):
         return f"Picker of {self.group}: open the notebook in Jupyter and run it to click on pictures"
@@ -2133,7 +2233,7 @@ class ImagePicker(widgets.VBox):
         """Make a button that calls action()."""
         fixed = widgets.Layout(width="88px", flex="0 0 auto")
         self.buttons[name] = widgets.Button(description=name, layout=fixed)
-        self.buttons[name].on_click(lambda _: action())
+        self.buttons[name].on_click(lambda _: self.attempt(action))
 
     def cell(self, index):
         """Picture and checkbox of a candidate, built on first use."""
@@ -2142,11 +2242,21 @@ class ImagePicker(widgets.VBox):
                 value=jpeg(self.picture(index)), format="jpeg", layout=self.picture_layout
             )
             picked = index in self.picks[self.group]
-            box = widgets.Checkbox(value=picked, description=f"#{index}", indent=False)
-            box.observe(lambda change: self.picks.change(self.group, index, change["new"]), "value")
+            style = {"style": self.tick_style} if self.tick_style else {}
+            look = {"description": f"#{index}", "indent": False, "layout": self.tick_layout}
+            box = widgets.Checkbox(value=picked, **look, **style)
+            self.tick_style = box.style
+            box.observe(lambda change: self.attempt(lambda: self.pick(index, change["new"])), "value")
             self.cells[index] = widgets.VBox([picture, box], layout=self.cell_layout)
             self.cells[index].add_class("pegasus-cell")
         return self.cells[index]
+
+    def pick(self, index, picked):
+        """What a click on a checkbox does."""
+        changed = picked != (index in self.picks[self.group])
+        self.picks.change(self.group, index, picked)
+        if self.on_pick and changed and index in self.picks[self.group]:
+            self.on_pick(index)
 
     def start(self):
         """Sort anew and show the first page."""
@@ -2165,11 +2275,12 @@ class ImagePicker(widgets.VBox):
     def go_to(self, page):
         """Show a page, counted from 0; beyond the ends, the nearest there is."""
         order = self.visible()
-        pages = max(1, math.ceil(len(order) / self.per_page))
-        self.page = min(max(0, page), pages - 1)
-        start = self.page * self.per_page
+        self.pages = max(1, math.ceil(len(order) / self.per_page))
+        page = min(max(0, page), self.pages - 1)
+        start = page * self.per_page
         self.grid.children = [self.cell(index) for index in order[start : start + self.per_page]]
-        self.refresh_status(pages)
+        self.page, self.trouble = page, None
+        self.refresh_status()
 
     def refresh(self):
         """Follow the picks after a change, whoever made it; checkboxes that already agree do nothing."""
@@ -2178,17 +2289,18 @@ class ImagePicker(widgets.VBox):
             cell.children[1].value = index in picked
         self.go_to(self.page)
 
-    def refresh_status(self, pages):
+    def refresh_status(self):
         """Rewrite the line above the grid; screen readers are told."""
         count, target = len(self.picks[self.group]), self.picks.target
-        words = {"dark": f"{count} birds marked as dark-winged", "best": f"{count} of 1 best pegasus picked"}
+        birds = "1 bird" if count == 1 else f"{count} birds"
+        words = {"dark": f"{birds} marked as dark-winged", "best": f"{count} of 1 best pegasus picked"}
         text = words.get(self.group, f"{count} of {target} {self.group}s picked")
         if self.group in self.picks.candidates and count > target:
             text += f": remove {count - target}"
-        text += f" · page {self.page + 1} of {pages} · "
+        text += f" · page {self.page + 1} of {self.pages} · "
         whose = f"{self.picks.origin} picks" + (", saved" if self.picks.origin == "your own" else "")
         text += f"NOT saved: {self.picks.failure}" if self.picks.failure else whose
-        text += "".join(f" · {note}" for note in self.picks.notes[-1:])
+        text += "".join(f" · {note}" for note in (*self.picks.notes[-1:], self.trouble) if note)
         text = html.escape(text).replace("NOT saved", "<strong>NOT saved</strong>")
         self.status.value = f'<span role="status" aria-live="polite">{text}</span>'
 
@@ -2214,7 +2326,7 @@ if __name__ == "__main__":
         picker.buttons["Undo"].click()
         assert trial["bird"] == [3] and trial["dark"] == [3] and picker.cell(3).children[1].value
         picker.buttons["Suggest"].click()
-        assert len(trial.require("bird")) == cfg.picks_per_class
+        assert len(trial["bird"]) == cfg.picks_per_class
         print(f"picked, marked, unpicked, restored, filled up: {len(trial['bird'])} birds")
 
 # %% [markdown]
@@ -2228,18 +2340,23 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     crc32 = {"horse": horses.crc32, "bird": birds.crc32}
-    shipped = cfg.checkpoint_dir / "picks.json"
-    picks = PicksFile(cfg.output_dir / "picks.json", shipped, crc32, cfg.picks_per_class, weights_digest(vae))
+    maker = f"weights {weights_digest(vae)}, seed {cfg.seed}, horse weight {cfg.horse_weight:g}"
+    files = cfg.output_dir / "picks.json", cfg.checkpoint_dir / "picks.json"
+    picks = PicksFile(*files, crc32, cfg.picks_per_class, maker)
     horse_sorts = {"whitest first": whitest_first(horses.images)}
     bird_sorts = {"widest first": widest_first(birds.images), "whitest first": whitest_first(birds.images)}
     for sorts, candidates in ((horse_sorts, horses), (bird_sorts, birds)):
         sorts["most like my picks"] = partial(most_like, candidates.latents)
         sorts["file order"] = range(len(candidates.images))
+    if picks.origin != "your own":
+        if picks.origin == "none":
+            print("no picks fit these pictures: the following are suggestions, for you to change")
+        picks.suggest({"horse": horse_sorts["whitest first"], "bird": bird_sorts["widest first"]})
     for note in picks.notes:
         print(note)
-    if picks.origin == "none":
-        print("the shipped picks were made on other data: these are suggestions, for you to change")
-        picks.suggest({"horse": horse_sorts["whitest first"], "bird": bird_sorts["widest first"]})
+
+# %%
+if __name__ == "__main__":
     horse_picker = ImagePicker(horses.images.__getitem__, picks, "horse", horse_sorts)
     if in_notebook:
         display(horse_picker)
@@ -2280,8 +2397,7 @@ def contact_sheet(images, name, alt, title, columns=16):
 
 
 if __name__ == "__main__":
-    horse_picks, bird_picks = picks.require("horse"), picks.require("bird")
-    dark_winged = torch.tensor([bird in picks["dark"] for bird in bird_picks])  # (picks_per_class,)
+    horse_picks, bird_picks, dark_winged = picks.require()  # picks_per_class each
     counts = f"{len(horse_picks)} horses, {len(bird_picks)} birds, {dark_winged.sum()} with dark wings"
     print(f"{picks.origin} picks: {counts}")
     for group, chosen, sorts in (("horse", horse_picks, horse_sorts), ("bird", bird_picks, bird_sorts)):
@@ -2462,28 +2578,23 @@ if __name__ == "__main__":
 
 
 # %%
-def save_best():
-    """Write the best pegasus, picked or else the whitest, enlarged to best.png; returns its number."""
-    best = (picks["best"] or whitest_first(batch))[0]
+def save_best(best):
+    """Write pegasus number best, enlarged, to best.png."""
     large = F.interpolate(pegasi[best : best + 1], scale_factor=4, mode="bicubic").clamp(0, 1)
-    try:
-        save_image(large, cfg.output_dir / "best.png")
-    except OSError as error:
-        picks.notes.append(f"best.png cannot be written: {error.strerror}")
-    return best
+    save_image(large, cfg.output_dir / "best.png")
 
 
 if __name__ == "__main__":
     batch = (pegasi * 255).round().byte()
     orders = {"as in the batch": range(len(batch)), "whitest first": whitest_first(batch)}
-    picks.listeners["best.png"] = save_best
-    best_picker = ImagePicker(batch.__getitem__, picks, "best", orders, per_page=64)
+    best_picker = ImagePicker(batch.__getitem__, picks, "best", orders, per_page=64, on_pick=save_best)
     if in_notebook:
         display(best_picker)
 
 # %%
 if __name__ == "__main__":
-    best = save_best()
+    best = (picks["best"] or whitest_first(batch))[0]
+    save_best(best)
     chosen = f"{picks.origin} pick" if picks["best"] else "the whitest, since nobody has picked one yet"
     print(f"best pegasus: number {best} ({chosen}), {cfg.output_dir / 'best.png'}")
     parents = [as_float(horses.images[horse_picks[best]]), as_float(birds.images[bird_picks[best]])]
@@ -2544,7 +2655,10 @@ if __name__ == "__main__":
     show_rows(rows, "pairing", alt, "Does the pairing matter?")
 
 # %% [markdown]
-# PAIRING
+# The codes of horse and bird point in nearly unrelated directions either way: pose is a small part of what a
+# code says, beside the colours of ground and sky. So numbers hardly tell the two rows apart, and the pairing is
+# for the eye: where bird and horse face the same way, a light shape over the back can be taken for a wing.
+# Were a row much greyer than the other, its pairs would cancel each other.
 
 # %% [markdown]
 # ### White, and different from each other
@@ -2636,38 +2750,6 @@ if __name__ == "__main__":
 # %% [markdown]
 # The nearest pictures share a pegasus's large areas, its ground and its pale middle, and not its shape. If
 # one of them were the pegasus itself, only sharper, the batch would be a collage of what was memorised.
-
-# %% [markdown]
-# ## What to change first
-#
-# Seven small trainings answer what the settings do: the recipe, and six runs in which one setting differs.
-# `tests/make_ablations.py` trains them on the same budget, far below that of the shipped weights: base width
-# 32, three epochs over 20,000 of the photographs, learning rate annealed. So compare the rows with each
-# other, and not with the figures above. *Above floor* is BCE less its floor, KL in nats a latent number;
-# *active* are the latent numbers whose posterior mean varies by more than 0.1 over the test split.
-
-# %%
-if __name__ == "__main__":
-    table = cfg.checkpoint_dir / "ablations.csv"
-    if table.exists():
-        print(f"{'':>20} {'parameters':>11} {'PSNR/dB':>8} {'above floor':>12} {'KL':>6} {'active':>7}")
-        with open(table, newline="") as file:
-            for row in csv.DictReader(file):
-                quality = (
-                    f"{float(row['psnr']):8.2f} {float(row['above_floor']):12.4f} {float(row['kl']):6.3f}"
-                )
-                size = f"{int(row['parameters']):11,}"
-                print(f"{row['change']:>20} {size} {quality} {float(row['active']):7.0%}")
-        figure = table.with_suffix(".png")
-        alt = "One row for each training: reconstructions of horses, pegasi, and draws from the prior"
-        print(figure) if not in_notebook else display(
-            Picture(data=figure.read_bytes(), format="png", alt=alt)
-        )
-    else:
-        print(f"no {table} here: tests/make_ablations.py makes it")
-
-# %% [markdown]
-# ABLATIONS
 
 # %% [markdown]
 # ## Limits

@@ -129,6 +129,24 @@ class Notebook:
         self.menu("Run", "Run All Cells")
         until(lambda: last.exists() and self.jupyter.idle(self.name), "all cells have run", 120)
 
+    def run_below(self):
+        """Run the cells from the contact sheets on, and wait for the last figure."""
+        last = self.outputs / "nearest.png"
+        last.unlink(missing_ok=True)
+        cell = self.page.locator(".jp-CodeCell").filter(has_text="def contact_sheet(").locator(".cm-content")
+        self.picker("dark")  # the cell before: others may be out of sight, and not drawn
+        cell.click()
+        self.menu("Run", "Run Selected Cell and All Below")
+        until(lambda: last.exists() and self.jupyter.idle(self.name), "the cells below have run", 60)
+
+    def choose_theme(self, theme):
+        """theme: "Light" or "Dark"."""
+        self.page.get_by_role("menuitem", name="Settings", exact=True).click()
+        self.page.locator(".lm-Menu-item").filter(has_text="Theme").first.hover()
+        self.page.locator(".lm-Menu-item").filter(has_text=f"JupyterLab {theme}").first.click()
+        light = {"Light": "true", "Dark": "false"}[theme]
+        self.page.locator(f"body[data-jp-theme-light={light}]").wait_for(state="attached")
+
     def picker(self, group):
         """The picker of "horse", "bird", "dark" or "best", scrolled into view: cells out of sight are not drawn."""
         words = {"dark": "marked as dark-winged", "best": "best pegasus picked"}

@@ -20,6 +20,7 @@ DEFAULTS = {
     "image_size": 64,
     "base_channels": 64,
     "latent_dim": 512,
+    "latent_size": 1,
     "blocks_per_stage": 1,
     "batch_size": 64,
     "epochs": 100,

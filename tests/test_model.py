@@ -42,6 +42,52 @@ def test_shapes_fit_at_every_image_size_and_depth(pv, cfg, image_size, blocks_pe
     assert mu.shape == logvar.shape == (2, cfg.latent_dim)
 
 
+@pytest.mark.parametrize("image_size, latent_size", [(64, 8), (64, 4), (64, 16), (32, 8), (128, 8)])
+def test_a_code_spread_over_a_grid_has_the_same_length_and_an_encoder_that_stops_there(
+    pv, cfg, image_size, latent_size
+):
+    change = {"image_size": image_size, "latent_size": latent_size, "latent_dim": 512}
+    vae = pv.VAE(pv.Config(**cfg.model_dump() | change))
+    images = torch.rand(2, 3, image_size, image_size)
+    logits, mu, logvar = vae(images)
+    assert logits.shape == images.shape and mu.shape == logvar.shape == (2, 512)
+    assert vae.encoder.stages(images).shape[2:] == (latent_size, latent_size)
+    assert dict(pv.trace_shapes(vae, cfg.model_copy(update=change)))["z = mu +\nsigma eps"] == vae.decoder.grid
+    assert vae.decoder.grid == (512 // latent_size**2, latent_size, latent_size)
+
+
+def test_a_cell_of_the_grid_is_drawn_in_its_place(pv, cfg):
+    torch.manual_seed(0)
+    vae = pv.VAE(pv.Config(**cfg.model_dump() | {"latent_size": 8, "latent_dim": 512, "image_size": 64})).eval()
+    z = torch.zeros(2, 512)
+    z[1].view(8, 8, 8)[:, 1, 6] = 5.0  # second row, seventh column
+    with torch.no_grad():
+        change = (vae.decoder(z[1:]) - vae.decoder(z[:1])).abs().sum(dim=1)[0]
+    row, column = divmod(change.flatten().argmax().item(), 64)
+    assert 0 <= row < 32 and 36 <= column < 64
+    assert change[48:, :16].max() < 0.01 * change.max(), "what is far away is hardly touched"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_size": 96, "latent_size": 8}, "latent_size 8 is not image_size 96 halved a few times"),
+        ({"image_size": 64, "latent_size": 64}, "latent_size 64 is not image_size 64 halved"),
+        ({"image_size": 64, "latent_size": 8, "latent_dim": 500}, "latent_dim 500 cannot be spread over 8x8"),
+    ],
+)
+def test_a_grid_that_does_not_fit_is_refused(pv, cfg, change, message):
+    with pytest.raises(ValueError, match=message):
+        pv.Config(**cfg.model_dump() | {"latent_dim": 512} | change)
+
+
+def test_the_same_512_numbers_on_a_grid_need_a_tenth_of_the_parameters(pv, cfg):
+    full = {"image_size": 64, "base_channels": 64, "latent_dim": 512, "latent_size": 8}
+    with torch.device("meta"):
+        vae = pv.VAE(pv.Config(**cfg.model_dump() | full))
+    assert sum(p.numel() for p in vae.parameters()) == 1_952_643
+
+
 def test_more_blocks_a_stage_make_a_deeper_network(pv, cfg):
     depths = []
     for blocks in (1, 2, 3):

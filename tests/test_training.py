@@ -271,9 +271,12 @@ import json, os, sys
 import pegasus_vae as pv
 
 _, settings, crash, outcome = sys.argv
+seen, written, loss, write = [], [], pv.vae_loss, pv.write_atomically
+pv.vae_loss = lambda *arguments: seen.append(arguments[1]) or loss(*arguments)
+pv.write_atomically = lambda path, *more, **options: written.append(path) or write(path, *more, **options)
 vae, history = pv.fit(pv.Config(**json.loads(settings)), on_epoch=lambda *_: os._exit(3) if crash == "crash" else None)
-if pv.RANK == 0:
-    pv.torch.save((vae.state_dict(), history), outcome)
+report = {"history": history, "weights": list(vae.parameters()), "seen": pv.torch.cat(seen), "written": len(written)}
+pv.torch.save(report, f"{outcome}{pv.RANK}.pt")
 """
 
 
@@ -298,11 +301,10 @@ def assert_close(history, expected):
 
 
 def test_two_processes_train_like_one_and_one_takes_up_what_two_began(pv, cfg, run, uninterrupted, team, tmp_path):
-    member, outcome = tmp_path / "member.py", tmp_path / "outcome.pt"
+    member = tmp_path / "member.py"
     member.write_text(MEMBER)
-    settings = cfg.model_dump_json()
-    stopped = team(2, member, settings, "crash", outcome)
-    assert stopped.returncode != 0 and not outcome.exists()
+    stopped = team(2, member, cfg.model_dump_json(), "crash", tmp_path / "outcome")
+    assert stopped.returncode != 0 and not list(tmp_path.glob("outcome*"))
     begun = pv.read_history(run / "history.csv")
     assert_close(begun, uninterrupted[2][:1])
     _, history = pv.fit(cfg)  # one process goes on
@@ -326,14 +328,23 @@ def test_the_notebook_runs_under_torchrun_and_takes_up_what_one_process_began(pv
     assert done.stdout.count("pegasus.png") == 1 and (run / "pegasus_vae.safetensors").exists()
 
 
-def test_two_processes_take_up_a_state_whose_last_save_was_torn(pv, cfg, run, uninterrupted, team, tmp_path):
-    member, outcome = tmp_path / "member.py", tmp_path / "outcome.pt"
+def test_two_processes_share_each_batch_and_take_up_a_state_whose_last_save_was_torn(
+    pv, cfg, run, uninterrupted, team, tmp_path
+):
+    member = tmp_path / "member.py"
     member.write_text(MEMBER)
-    pv.fit(cfg.model_copy(update={"output_dir": cfg.output_dir}))
+    with pytest.raises(Crash):
+        pv.fit(cfg, on_epoch=lambda vae, history: crash() if len(history) == 2 else None)
     DAMAGE["truncated"](run / "state.pt")
-    done = team(2, member, cfg.model_dump_json(), "", outcome)
+    done = team(2, member, cfg.model_dump_json(), "", tmp_path / "outcome")
     assert done.returncode == 0, done.stderr
-    assert_close(torch.load(outcome)[1], uninterrupted[2])
+    first, second = (torch.load(tmp_path / f"outcome{rank}.pt", weights_only=False) for rank in range(2))
+    assert_close(first["history"], uninterrupted[2])
+    assert all(torch.equal(*pair) for pair in zip(first["weights"], second["weights"]))
+    everything = pv.load_images(cfg, "train+unlabeled")
+    seen = (torch.cat([first["seen"], second["seen"]]) * 255).round().byte()
+    assert sorted(image.tolist() for image in seen) == sorted(image.tolist() for image in everything)
+    assert first["written"] > 0 == second["written"]
 
 
 @pytest.mark.parametrize("processes", [3, 20])
@@ -458,10 +469,16 @@ def test_a_figure_that_cannot_be_written_does_not_end_the_run(pv, cfg, uninterru
 
 
 def test_a_good_state_before_is_not_given_up_for_a_damaged_one(pv, cfg, run, assert_same):
-    pv.fit(cfg)
+    with pytest.raises(Crash):
+        pv.fit(cfg, on_epoch=lambda vae, history: crash() if len(history) == 2 else None)
     DAMAGE["truncated"](run / "state.pt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pv.os, "fsync", crash)  # the power fails while the next state is written
+        replace = os.replace
+
+        def fail(source, target):  # the power fails when the next state is about to take its place
+            return crash() if Path(target).name == "state.pt" else replace(source, target)
+
+        patch.setattr(pv.os, "replace", fail)
         with pytest.raises(Crash):
             pv.fit(cfg)
     assert_same(pv.fit(cfg))
