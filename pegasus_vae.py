@@ -1168,12 +1168,12 @@ if __name__ == "__main__":
 #
 # | | images/s | against the usual |
 # | --- | ---: | ---: |
-# | the usual pipeline | 85 | 1.0 |
-# | + images as bytes on the device | 87 | 1.0 |
-# | + `channels_last` | 124 | 1.5 |
-# | + bfloat16 | 235 | 2.8 |
-# | + fused Adam, losses read at the end | 231 | 2.7 |
-# | `fit`, below | 251 | 2.9 |
+# | the usual pipeline | 87 | 1.0 |
+# | + images as bytes on the device | 89 | 1.0 |
+# | + `channels_last` | 123 | 1.4 |
+# | + bfloat16 | 248 | 2.8 |
+# | + fused Adam, losses read at the end | 242 | 2.8 |
+# | `fit`, below | 265 | 3.0 |
 #
 # On a CPU, layout and number format are everything: its arithmetic is so slow that two workers keep up with
 # it. The other steps are for GPUs, where the arithmetic takes a moment and all else must not take longer; run
@@ -2748,8 +2748,9 @@ if __name__ == "__main__":
     print(f"rms distance to the nearest picture by pixels: {rms.min():.3f} to {rms.max():.3f}")
 
 # %% [markdown]
-# The nearest pictures share a pegasus's large areas, its ground and its pale middle, and not its shape. If
-# one of them were the pegasus itself, only sharper, the batch would be a collage of what was memorised.
+# The nearest by pixels share a pegasus's large areas, its ground and its pale middle, and not its shape. By
+# code, plain pictures come close to everything: their codes are short, and so are those of mixtures. If one of
+# them were the pegasus itself, only sharper, the batch would be a collage of what was memorised.
 
 # %% [markdown]
 # ## Limits
