@@ -1444,9 +1444,8 @@ class TrainingRun:
         """The training state in a file; None if it is missing or damaged. Never runs code from the file."""
         try:
             state = torch.load(path, "cpu", weights_only=True)
-            return (
-                state if state.keys() >= {"recipe", "epoch", "step", "history", "losses", "model"} else None
-            )
+            parts = {"recipe", "epoch", "step", "history", "losses", "model", "optimizer"}
+            return state if state.keys() >= parts else None
         except FileNotFoundError:
             return None
         except (OSError, MemoryError) as error:
@@ -1567,7 +1566,7 @@ def loss_function(cfg, vae, device, steps):
             logits, mu, logvar = model(x)
         return vae_loss(logits, x, mu, logvar, cfg.kl_weight, cfg.reduction)
 
-    if device.type == "cuda" and steps >= 2000 and compiles(device):  # compiling takes about a minute
+    if device.type == "cuda" and steps >= 2000 and compiles(device):  # compiling takes its time
         torch.compiler.reset()  # an earlier run with other settings would make these variable, and so slower
         return torch.compile(loss_of, mode="reduce-overhead" if RANKS == 1 else None)
     return loss_of
