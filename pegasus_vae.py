@@ -82,7 +82,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -96,7 +96,7 @@ from IPython import get_ipython
 from IPython.display import Image as Picture
 from IPython.display import display
 from PIL import Image, ImageOps
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -1671,7 +1671,8 @@ if __name__ == "__main__":
         if not history:
             raise ReaderError("stopped before the first epoch was complete: run this cell again to go on")
     if RANK > 0:
-        sys.exit()  # process 0 goes on alone
+        sys.exit()
+    RANKS = 1  # process 0 goes on alone
     vae.to(device)
 
 # %% [markdown]
@@ -1726,22 +1727,24 @@ class Candidates(NamedTuple):
     originals: bool
 
 
-def load_candidates(cfg, vae, class_name):
+def load_candidates(cfg, vae, class_name, only=slice(None)):
     """Candidates of a class of the test split: from cfg.data_dir, or else those that ship.
 
-    Raises ReaderError if neither can be read, or if the shipped codes are not of these weights.
+    only: the indices of those that are wanted. Raises ReaderError if neither can be read, or if the shipped
+    codes are not of these weights.
     """
     if find_data(cfg):
-        images = load_images(cfg, "test", class_name)
+        images = load_images(cfg, "test", class_name)[only]
         crc32 = [zlib.crc32(image.numpy().tobytes()) for image in images]
         return Candidates(images, encode_mean(vae, images), crc32, True)
-    path = cfg.checkpoint_dir / "candidates.safetensors"
+    layout = "_spatial" if vae.decoder.grid[1] > 1 else ""
+    path = cfg.checkpoint_dir / f"candidates{layout}.safetensors"
     mend = "restore it (git checkout -- checkpoints) or provide photographs"
     try:
         with safe_open(path, "pt") as file:
             weights = file.metadata()["weights"]
-            latents = file.get_tensor(f"{class_name}_latents").float()
-            crc32 = file.get_tensor(f"{class_name}_crc32").tolist()
+            latents = file.get_tensor(f"{class_name}_latents")[only].float()
+            crc32 = file.get_tensor(f"{class_name}_crc32")[only].tolist()
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise ReaderError(f"{path} cannot be read ({error}): {mend}") from None
     if weights != weights_digest(vae):
@@ -1838,101 +1841,168 @@ if __name__ == "__main__":
 #
 # ### The file of picks
 #
-# `PicksFile` knows nothing of widgets. Every change is saved at once; undo takes back the latest, in whichever
-# picker it was made. A file that cannot be read is set aside, not overwritten; an entry that does not fit the
-# candidates is dropped and reported. Two open notebooks may share the file: what the other one saved is merged
-# at your next change, as version control merges text, by comparing both sides with what was last known to
-# both.
+# Every change is saved at once; undo takes back the latest, in whichever picker it was made. A file that cannot
+# be read is set aside, not overwritten; an entry that does not fit the candidates is dropped and reported. Two
+# open notebooks may share the file: what the other one saved is merged at your next change, as version
+# control merges text, by comparing both sides with what was last known to both. All this has nothing to do
+# with horses, and not with widgets either:
 
 
 # %%
-def merge(base, mine, theirs):
-    """Groups of picks with the changes that led from base to mine and from base to theirs.
-
-    All are {group: indices in the order of picking}. The best pegasus is kept only with the parents that it
-    was picked with.
-    """
-    merged = {}
-    for group, indices in theirs.items():
-        removed = set(base[group]) - set(mine[group])
-        added = [index for index in mine[group] if index not in base[group] and index not in indices]
-        merged[group] = [index for index in indices if index not in removed] + added
-    merged["dark"] = [bird for bird in merged["dark"] if bird in merged["bird"]]
-    source = mine if mine["best"] != base["best"] else theirs
-    same = all(merged[group] == source[group] for group in ("horse", "bird", "dark"))
-    return merged | {"best": source["best"] if same else []}
-
-
-class PicksFile:
-    """Hand-made picks, kept in a JSON file that is rewritten at every change.
+class KeptFile:
+    """Choices of the reader, kept in a JSON file that is rewritten at every change.
 
     path: the reader's own file, used where it exists. shipped: the file to start from where it does not,
     provided that it was made for these candidates. candidates: {"horse": [crc32, ...], "bird": [crc32,
-    ...]}, what there is to pick. target: how many to pick of each. maker: names what draws the batch, the
-    weights for instance, for which alone a best pegasus is remembered.
+    ...]}, what the choices are about.
 
-    picks["horse"] and picks["bird"] are candidate indices in the order of picking, picks["dark"] those of
-    picked birds with dark wings, picks["best"] the position of the best pegasus in the batch. origin says
-    whose picks these are, notes what was wrong with the file, failure why the last change did not reach the
-    disk. Raises ReaderError for a file of another version or of other data, and leaves it alone.
+    chosen holds the choices; it is replaced and never changed. origin says whose they are, notes what was
+    wrong with the file, failure why the last change did not reach the disk. Raises ReaderError for a file of
+    another version or of other data, and leaves it alone. What choices are is said by a subclass, in SCHEMA,
+    VERSION, LISTS (what the file must hold), EMPTY, merge, understood and content.
     """
 
-    SCHEMA, VERSION = "pegasus_vae picks", 1
-
-    def __init__(self, path, shipped, candidates, target, maker):
-        self.path, self.candidates, self.target, self.maker = Path(path), candidates, target, maker
+    def __init__(self, path, shipped, candidates):
+        self.path, self.candidates = Path(path), candidates
         crc32 = json.dumps([candidates["horse"], candidates["bird"]])
         self.data = {"split": "test"} | {f"{group}s": len(known) for group, known in candidates.items()}
         self.data["digest"] = hashlib.sha256(crc32.encode()).hexdigest()[:16]
-        self.groups = {"horse": [], "bird": [], "dark": [], "best": []}
         self.lock, self.listeners = threading.RLock(), {}  # {name: function to call after every change}
         self.past, self.notes, self.origin, self.failure = [], [], "none", None
-        self.bests, self.drawn = {}, None  # the best of other makers; the parents of the batch on the screen
+        self.chosen = self.EMPTY
         own = self.read(self.path)
         if own:
-            self.groups, self.origin = self.understood(own, self.path), "your own"
+            self.chosen, self.origin = self.understood(own, self.path), "your own"
         elif (ours := self.read(Path(shipped), True)) and ours["data"]["digest"] == self.data["digest"]:
-            ours |= {group: ours[group][:target] for group in candidates}
-            self.groups, self.origin = self.understood(ours, shipped), "shipped"
-        self.known = self.groups, own  # what was last read or written: picks, and content of the file
-
-    def __getitem__(self, group):
-        with self.lock:
-            return list(self.groups[group])
+            self.chosen, self.origin = self.understood(ours, Path(shipped)), "shipped"
+        self.known = self.chosen, own  # what was last read or written: choices, and content of the file
 
     def read(self, path, shipped=False):
-        """The content of a picks file; None if there is none, or if it is damaged and so set aside."""
+        """The content of a file; None if there is none, or if it is damaged and so set aside."""
         try:
             content = json.loads(path.read_text())
             version, expected = (content["schema"], content["version"]), (self.SCHEMA, self.VERSION)
             if version == expected:
-                content["horse"], content["bird"] = list(content["horse"]), list(content["bird"])
+                content |= {part: list(content[part]) for part in self.LISTS}
                 content["data"]["digest"]
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError, RecursionError):
             if shipped:
                 raise ReaderError(f"{path} is damaged: restore it (git checkout -- checkpoints)") from None
-            aside = path.with_name(f"picks.bad-{datetime.now():%Y%m%d-%H%M%S-%f}.json")
+            aside = path.with_name(f"{path.stem}.bad-{datetime.now():%Y%m%d-%H%M%S-%f}.json")
             os.replace(path, aside)
-            self.notes.append(f"{path} was not a picks file and is now {aside}")
+            self.notes.append(f"{path} was not a {path.stem} file and is now {aside}")
             return None
         except OSError as error:
             raise ReaderError(f"{path} cannot be read ({error.strerror}): mend or move it") from None
         if version != expected:
             found, reads = (f"{schema} version {number}" for schema, number in (version, expected))
             raise ReaderError(f"{path} is {found}, this notebook reads {reads}: move it to start anew")
-        return content
-
-    def understood(self, content, path):
-        """The groups of picks in the content of path, without the entries that do not fit the candidates."""
-        if content["data"]["digest"] != self.data["digest"]:
+        if not shipped and content["data"]["digest"] != self.data["digest"]:
             other, these = (", ".join(f"{k} {v}" for k, v in d.items()) for d in (content["data"], self.data))
             mend = "move it, or choose another folder with PEGASUS_OUTPUT_DIR"
             raise ReaderError(f"{path} was made on other data ({other}) than these ({these}): {mend}")
-        groups = {"horse": [], "bird": [], "dark": [], "best": []}
+        return content
+
+    def replace(self, chosen):
+        """Make these the current choices, remember the ones before, save, and tell the listeners."""
+        self.past.append(self.chosen)
+        self.chosen = chosen
+        self.save()
+
+    def undo(self):
+        """Take back the last change, if there is one; changes before a merge cannot be taken back."""
+        with self.lock:
+            if self.past:
+                self.chosen = self.past.pop()
+                self.save()
+
+    def take_up(self):
+        """Merge what another notebook, or a hand, has written to the file since it was last read."""
+        theirs = self.read(self.path)
+        if theirs and theirs != self.known[1]:
+            understood = self.understood(theirs, self.path)
+            if self.known[1] or self.past:
+                self.notes.append("merged with what was saved elsewhere; undo begins anew")
+            self.chosen, self.past = self.merge(self.known[0], self.chosen, understood), []
+            self.known, self.origin = (understood, theirs), "your own"
+
+    def save(self):
+        """Merge what another notebook has saved, and write the file.
+
+        If that fails, the choices stay in memory and failure says why, until it works again.
+        """
+        self.origin = "your own"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self.path}.lock", timeout=10):
+                self.take_up()
+                content = {"schema": self.SCHEMA, "version": self.VERSION, "data": self.data}
+                content |= self.content()
+                write_atomically(self.path, json.dumps(content, indent=1).encode())
+            self.known, self.failure = (self.chosen, content), None
+        except OSError as error:
+            self.failure = f"{self.path} cannot be written: {error.strerror or error}"
+        except Exception as error:  # whatever it is that keeps choices from the disk, the reader must see it
+            self.failure = str(error)
+        self.tell()
+
+    def tell(self):
+        """Call the listeners."""
+        for listener in list(self.listeners.values()):
+            listener()
+
+
+# %% [markdown]
+# And this is what has to do with horses:
+
+
+# %%
+class PicksFile(KeptFile):
+    """Hand-made picks in a JSON file; path, shipped and candidates as for KeptFile.
+
+    target: how many to pick of each class. maker: names what draws the batch, the weights for instance, for
+    which alone a best pegasus is remembered.
+
+    picks["horse"] and picks["bird"] are candidate indices in the order of picking, picks["dark"] those of
+    picked birds with dark wings, picks["best"] the position of the best pegasus in the batch.
+    """
+
+    SCHEMA, VERSION, LISTS = "pegasus_vae picks", 1, ("horse", "bird")
+    EMPTY = {"horse": [], "bird": [], "dark": [], "best": []}
+
+    def __init__(self, path, shipped, candidates, target, maker):
+        self.target, self.maker = target, maker
+        self.bests, self.drawn = {}, None  # the best of other makers; the parents of the batch on the screen
+        super().__init__(path, shipped, candidates)
+
+    def __getitem__(self, group):
+        with self.lock:
+            return list(self.chosen[group])
+
+    @staticmethod
+    def merge(base, mine, theirs):
+        """Groups of picks with the changes that led from base to mine and from base to theirs.
+
+        All are {group: indices in the order of picking}. The best pegasus is kept only with the parents that
+        it was picked with.
+        """
+        merged = {}
+        for group, indices in theirs.items():
+            removed = set(base[group]) - set(mine[group])
+            added = [index for index in mine[group] if index not in base[group] and index not in indices]
+            merged[group] = [index for index in indices if index not in removed] + added
+        merged["dark"] = [bird for bird in merged["dark"] if bird in merged["bird"]]
+        source = mine if mine["best"] != base["best"] else theirs
+        same = all(merged[group] == source[group] for group in ("horse", "bird", "dark"))
+        return merged | {"best": source["best"] if same else []}
+
+    def understood(self, content, path):
+        """The groups of picks in the content of path, without the entries that do not fit the candidates."""
+        groups = {group: [] for group in self.EMPTY}
         for group, crc32 in self.candidates.items():
-            for entry in content[group]:
+            for entry in content[group] if path == self.path else content[group][: self.target]:
                 index = entry.get("index") if isinstance(entry, dict) else None
                 known = isinstance(index, int) and 0 <= index < len(crc32)
                 if not known or crc32[index] != entry.get("crc32") or index in groups[group]:
@@ -1955,6 +2025,19 @@ class PicksFile:
                 self.notes.append(f"{path}: best {index} dropped, no position in the batch")
         return groups
 
+    def content(self):
+        """The picks as they stand in the file."""
+        content = {}
+        for group, crc32 in self.candidates.items():
+            content[group] = [{"index": index, "crc32": crc32[index]} for index in self.chosen[group]]
+        for entry in content["bird"]:
+            entry |= {"dark": True} if entry["index"] in self.chosen["dark"] else {}
+        content["best"] = dict(self.bests)
+        if self.chosen["best"]:
+            best = {"index": self.chosen["best"][0], "parents": self.parents(self.chosen)}
+            content["best"][self.maker] = best
+        return content
+
     def parents(self, groups):
         """Eight hexadecimal digits that identify the parents of a batch."""
         text = json.dumps([groups["horse"], groups["bird"], sorted(groups["dark"])])
@@ -1966,97 +2049,37 @@ class PicksFile:
         An unpicked bird loses its mark. With other parents, the best pegasus is forgotten.
         """
         with self.lock:
-            impossible = group == "dark" and index not in self.groups["bird"]
-            if impossible or picked == (index in self.groups[group]):
+            impossible = group == "dark" and index not in self.chosen["bird"]
+            if impossible or picked == (index in self.chosen[group]):
                 return
-            if group == "best" and self.drawn not in (None, self.parents(self.groups)):
+            if group == "best" and self.drawn not in (None, self.parents(self.chosen)):
                 self.notes.append(
                     "these pegasi have other parents than are picked now: run the cells above again"
                 )
                 return self.tell()
-            rest = [other for other in self.groups[group] if other != index and group != "best"]
-            groups = self.groups | {"best": []} | {group: [*rest, index] if picked else rest}
+            rest = [other for other in self.chosen[group] if other != index and group != "best"]
+            groups = self.chosen | {"best": []} | {group: [*rest, index] if picked else rest}
             groups["dark"] = [bird for bird in groups["dark"] if bird in groups["bird"]]
             self.replace(groups)
 
     def filled(self, group, order):
         """The picks of a group, filled up to the target from order."""
-        chosen = self.groups[group]
+        chosen = self.chosen[group]
         free = [int(index) for index in order if index not in chosen]
         return chosen + free[: max(0, self.target - len(chosen))]
 
     def fill(self, group, order):
         """Pick candidates in the given order until the target is reached; one step for undo."""
         with self.lock:
-            if len(self.groups[group]) < self.target:
-                self.replace(self.groups | {group: self.filled(group, order), "best": []})
+            if len(self.chosen[group]) < self.target:
+                self.replace(self.chosen | {group: self.filled(group, order), "best": []})
 
     def suggest(self, orders):
         """Fill the groups from orders, {group: order}, without saving: nobody has picked these."""
-        filled = self.groups | {group: self.filled(group, order) for group, order in orders.items()}
-        if filled != self.groups:
-            self.groups, self.origin = filled | {"best": []}, "suggested"
-            self.known = self.groups, None
-
-    def replace(self, groups):
-        """Make groups the current picks, remember the ones before, save, and tell the listeners."""
-        self.past.append(self.groups)
-        self.groups = groups
-        self.save()
-
-    def undo(self):
-        """Take back the last change, if there is one; changes before a merge cannot be taken back."""
-        with self.lock:
-            if self.past:
-                self.groups = self.past.pop()
-                self.save()
-
-    def take_up(self):
-        """Merge what another notebook, or a hand, has written to the file since it was last read."""
-        theirs = self.read(self.path)
-        if theirs and theirs != self.known[1]:
-            understood = self.understood(theirs, self.path)
-            if self.known[1] or self.past:
-                self.notes.append("merged with what was saved elsewhere; undo begins anew")
-            self.groups, self.past = merge(self.known[0], self.groups, understood), []
-            self.known, self.origin = (understood, theirs), "your own"
-
-    def save(self):
-        """Merge what another notebook has saved, and write the file.
-
-        If that fails, the picks stay in memory and failure says why, until it works again.
-        """
-        self.origin = "your own"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self.path}.lock", timeout=10):
-                self.take_up()
-                content = self.content()
-                write_atomically(self.path, json.dumps(content, indent=1).encode())
-            self.known, self.failure = (self.groups, content), None
-        except OSError as error:
-            self.failure = f"{self.path} cannot be written: {error.strerror or error}"
-        except Exception as error:  # whatever it is that keeps picks from the disk, the reader must see it
-            self.failure = str(error)
-        self.tell()
-
-    def tell(self):
-        """Call the listeners."""
-        for listener in list(self.listeners.values()):
-            listener()
-
-    def content(self):
-        """The picks as they stand in the file."""
-        content = {"schema": self.SCHEMA, "version": self.VERSION, "data": self.data}
-        for group, crc32 in self.candidates.items():
-            content[group] = [{"index": index, "crc32": crc32[index]} for index in self.groups[group]]
-        for entry in content["bird"]:
-            entry |= {"dark": True} if entry["index"] in self.groups["dark"] else {}
-        content["best"] = dict(self.bests)
-        if self.groups["best"]:
-            best = {"index": self.groups["best"][0], "parents": self.parents(self.groups)}
-            content["best"][self.maker] = best
-        return content
+        filled = self.chosen | {group: self.filled(group, order) for group, order in orders.items()}
+        if filled != self.chosen:
+            self.chosen, self.origin = filled | {"best": []}, "suggested"
+            self.known = self.chosen, None
 
     def require(self):
         """The picked horses, the picked birds, and for each bird whether its wings are dark, as the file has
@@ -2067,15 +2090,15 @@ class PicksFile:
         with self.lock:
             self.take_up()
             for group in self.candidates:
-                surplus = len(self.groups[group]) - self.target
+                surplus = len(self.chosen[group]) - self.target
                 if surplus:
                     mend = f"remove {surplus}" if surplus > 0 else f"pick {-surplus} more"
-                    count = f"{len(self.groups[group])} of {self.target} {group}s picked"
+                    count = f"{len(self.chosen[group])} of {self.target} {group}s picked"
                     raise ReaderError(
                         f"{count}: {mend} in the picker above (Suggest fills up), then run this again"
                     )
-            self.drawn = self.parents(self.groups)
-            dark_winged = torch.tensor([bird in self.groups["dark"] for bird in self.groups["bird"]])
+            self.drawn = self.parents(self.chosen)
+            dark_winged = torch.tensor([bird in self.chosen["dark"] for bird in self.chosen["bird"]])
             return self["horse"], self["bird"], dark_winged
 
 
@@ -2158,16 +2181,68 @@ PICKER_STYLE = """<style>
 </style>"""
 
 
-def jpeg(image):
-    """A uint8 image (3, H, W), enlarged to a height of 96 pixels, as the bytes of a JPEG file."""
+def jpeg(image, height=96):
+    """A uint8 image (3, H, W), enlarged to a height in pixels, as the bytes of a JPEG file."""
     picture, file = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
-    size = (96 * picture.width // picture.height, 96)
+    size = (height * picture.width // picture.height, height)
     picture.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
 # %%
-class ImagePicker(widgets.VBox):
+class Controls(widgets.VBox):
+    """Buttons that act on a KeptFile, and a line that tells its state and what went wrong."""
+
+    latest = {}  # {name: controls}: older ones are closed, or their widgets would live as long as the kernel
+
+    def __init__(self, kept, name):
+        self.kept, self.buttons, self.trouble = kept, {}, None
+        self.status = widgets.HTML()
+        super().__init__()
+        self.add_class("pegasus-picker")
+        if name in Controls.latest:
+            Controls.latest[name].discard()
+        Controls.latest[name] = self
+        kept.listeners[name] = lambda: self.attempt(self.refresh)
+
+    def __repr__(self):
+        return f"{type(self).__name__}: open the notebook in Jupyter and run it to click on pictures"
+
+    def discard(self, *hidden):
+        """Close all widgets that these controls are made of, hidden ones included."""
+        boxes = [self, *hidden]
+        for widget in boxes:  # grows while it is walked
+            boxes.extend(getattr(widget, "children", ()))
+        for widget in boxes:
+            widget.close()
+
+    def attempt(self, action):
+        """Call action(); if it fails, say so in the status line, since Jupyter hides errors of callbacks."""
+        with self.kept.lock:
+            try:
+                action()
+            except Exception as error:
+                self.trouble = f"{type(error).__name__}: {error}"
+                self.refresh_status()
+
+    def add_button(self, name, action):
+        """Make a button that calls action()."""
+        fixed = widgets.Layout(width="88px", flex="0 0 auto")
+        self.buttons[name] = widgets.Button(description=name, layout=fixed)
+        self.buttons[name].on_click(lambda _: self.attempt(action))
+
+    def tell(self, text):
+        """Write the status line: text, then whether the file was saved; screen readers are told."""
+        kept = self.kept
+        whose = f"{kept.origin} {kept.path.stem}" + (", saved" if kept.origin == "your own" else "")
+        text += " · " + (f"NOT saved: {kept.failure}" if kept.failure else whose)
+        text += "".join(f" · {note}" for note in (*kept.notes[-1:], self.trouble) if note)
+        text = html.escape(text).replace("NOT saved", "<strong>NOT saved</strong>")
+        self.status.value = f'<span role="status" aria-live="polite">{text}</span>'
+
+
+# %%
+class ImagePicker(Controls):
     """Pick images by checkbox, page by page; every change goes to picks at once.
 
     picture: a function from the index of a candidate to what is shown of it, uint8 (3, H, W). picks: the
@@ -2176,25 +2251,21 @@ class ImagePicker(widgets.VBox):
     from the picks of the group}. on_pick(index) is called when a click has picked a candidate.
     """
 
-    latest = {}  # {group: picker}: an older one is closed, or its widgets would live as long as the kernel
-
     def __init__(self, picture, picks, group, sorts, per_page=40, on_pick=None):
-        self.picture, self.picks, self.group, self.per_page = picture, picks, group, per_page
-        self.on_pick = on_pick
-        self.cells, self.order, self.page, self.pages, self.trouble = {}, [], 0, 1, None
+        super().__init__(picks, group)
+        self.picture, self.group, self.per_page, self.on_pick = picture, group, per_page, on_pick
+        self.cells, self.order, self.page, self.pages = {}, [], 0, 1
         self.tick_layout, self.tick_style = widgets.Layout(), None  # shared by all checkboxes
         self.cell_layout = widgets.Layout(align_items="center", padding="3px")
         self.picture_layout = widgets.Layout(height="88px")
         self.grid = widgets.Box(layout=widgets.Layout(flex_flow="row wrap", max_width="836px"))
         self.grid.add_class("pegasus-grid")
-        self.status = widgets.HTML()
         shown = ["all", "picked", "not picked"]
         narrow = {"layout": widgets.Layout(width="200px"), "style": {"description_width": "40px"}}
         self.sort = widgets.Dropdown(options=sorts, description="Sort", **narrow)
         self.show = widgets.Dropdown(options=shown, description="Show", **narrow)
         for choice in (self.sort, self.show):
             choice.observe(lambda _: self.attempt(self.start), "value")
-        self.buttons = {}
         self.add_button("Previous", lambda: self.go_to(self.page - 1))
         self.add_button("Next", lambda: self.go_to(self.page + 1))
         self.add_button("Undo", picks.undo)
@@ -2202,37 +2273,12 @@ class ImagePicker(widgets.VBox):
             self.add_button("Suggest", lambda: picks.fill(group, self.order))
         bar = [*self.buttons.values(), self.sort, self.show]
         bar = widgets.HBox(bar, layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__([widgets.HTML(PICKER_STYLE), bar, self.status, self.grid])
-        self.add_class("pegasus-picker")
-        if group in ImagePicker.latest:
-            ImagePicker.latest[group].discard()
-        ImagePicker.latest[group] = self
-        picks.listeners[group] = lambda: self.attempt(self.refresh)
+        self.children = [widgets.HTML(PICKER_STYLE), bar, self.status, self.grid]
         self.attempt(self.start)
 
     def discard(self):
-        """Close all widgets that the picker is made of."""
-        for box in (*self.cells.values(), self.children[1], self):
-            for widget in (*box.children, box):
-                widget.close()
-
-    def attempt(self, action):
-        """Call action(); if it fails, say so in the status line, since Jupyter hides errors of callbacks."""
-        with self.picks.lock:
-            try:
-                action()
-            except Exception as error:
-                self.trouble = f"{type(error).__name__}: {error}"
-                self.refresh_status()
-
-    def __repr__(self):
-        return f"Picker of {self.group}: open the notebook in Jupyter and run it to click on pictures"
-
-    def add_button(self, name, action):
-        """Make a button that calls action()."""
-        fixed = widgets.Layout(width="88px", flex="0 0 auto")
-        self.buttons[name] = widgets.Button(description=name, layout=fixed)
-        self.buttons[name].on_click(lambda _: self.attempt(action))
+        """Close all widgets, those of other pages too."""
+        super().discard(*self.cells.values())
 
     def cell(self, index):
         """Picture and checkbox of a candidate, built on first use."""
@@ -2240,7 +2286,7 @@ class ImagePicker(widgets.VBox):
             picture = widgets.Image(
                 value=jpeg(self.picture(index)), format="jpeg", layout=self.picture_layout
             )
-            picked = index in self.picks[self.group]
+            picked = index in self.kept[self.group]
             style = {"style": self.tick_style} if self.tick_style else {}
             look = {"description": f"#{index}", "indent": False, "layout": self.tick_layout}
             box = widgets.Checkbox(value=picked, **look, **style)
@@ -2252,20 +2298,20 @@ class ImagePicker(widgets.VBox):
 
     def pick(self, index, picked):
         """What a click on a checkbox does."""
-        changed = picked != (index in self.picks[self.group])
-        self.picks.change(self.group, index, picked)
-        if self.on_pick and changed and index in self.picks[self.group]:
+        changed = picked != (index in self.kept[self.group])
+        self.kept.change(self.group, index, picked)
+        if self.on_pick and changed and index in self.kept[self.group]:
             self.on_pick(index)
 
     def start(self):
         """Sort anew and show the first page."""
         sort = self.sort.value
-        self.order = sort(self.picks[self.group]) if callable(sort) else list(sort)
+        self.order = sort(self.kept[self.group]) if callable(sort) else list(sort)
         self.go_to(0)
 
     def visible(self):
         """Indices that pass the filter, in the chosen order."""
-        picked, pool = set(self.picks[self.group]), set(self.picks["bird"])
+        picked, pool = set(self.kept[self.group]), set(self.kept["bird"])
         order = [index for index in self.order if self.group != "dark" or index in pool]
         if self.show.value == "all":
             return order
@@ -2283,25 +2329,20 @@ class ImagePicker(widgets.VBox):
 
     def refresh(self):
         """Follow the picks after a change, whoever made it; checkboxes that already agree do nothing."""
-        picked = set(self.picks[self.group])
+        picked = set(self.kept[self.group])
         for index, cell in self.cells.items():
             cell.children[1].value = index in picked
         self.go_to(self.page)
 
     def refresh_status(self):
-        """Rewrite the line above the grid; screen readers are told."""
-        count, target = len(self.picks[self.group]), self.picks.target
+        """Rewrite the line above the grid."""
+        count, target = len(self.kept[self.group]), self.kept.target
         birds = "1 bird" if count == 1 else f"{count} birds"
         words = {"dark": f"{birds} marked as dark-winged", "best": f"{count} of 1 best pegasus picked"}
         text = words.get(self.group, f"{count} of {target} {self.group}s picked")
-        if self.group in self.picks.candidates and count > target:
+        if self.group in self.kept.candidates and count > target:
             text += f": remove {count - target}"
-        text += f" · page {self.page + 1} of {self.pages} · "
-        whose = f"{self.picks.origin} picks" + (", saved" if self.picks.origin == "your own" else "")
-        text += f"NOT saved: {self.picks.failure}" if self.picks.failure else whose
-        text += "".join(f" · {note}" for note in (*self.picks.notes[-1:], self.trouble) if note)
-        text = html.escape(text).replace("NOT saved", "<strong>NOT saved</strong>")
-        self.status.value = f'<span role="status" aria-live="polite">{text}</span>'
+        self.tell(f"{text} · page {self.page + 1} of {self.pages}")
 
 
 # %% [markdown]
@@ -2733,14 +2774,14 @@ if __name__ == "__main__":
     own = sum(code.item() in pair for code, pair in zip(by_code, parents))
     print(f"among the candidates, nearest by code is one of its own parents for {own} of {len(eight)}")
     originals = find_data(cfg) is not None
-    name = "training" if originals else "candidates"
+    name_of_pool = "training" if originals else "candidates"
     photographs = load_images(cfg, "train+unlabeled") if originals else candidates
     close, distance = nearest(pegasi[eight], photographs, 256)  # (8, 256)
     codes = encode_mean(vae, photographs[close.flatten()]) if originals else latents[close.flatten()]
     codes = codes.view(*close.shape, -1)  # (8, 256, latent_dim)
     alike = [close[i, nearest(pegasus_mu[eight[i]][None], codes[i])[0][0, 0]] for i in range(len(eight))]
-    rows = {"pegasus": pegasi[eight], f"{name},\nby pixels": as_float(photographs[close[:, 0]])}
-    rows[f"{name},\nby code"] = as_float(photographs[torch.stack(alike)])
+    rows = {"pegasus": pegasi[eight], f"{name_of_pool},\nby pixels": as_float(photographs[close[:, 0]])}
+    rows[f"{name_of_pool},\nby code"] = as_float(photographs[torch.stack(alike)])
     alt = "Eight pegasi above the pictures that are nearest to them; none is the same picture"
     show_rows(rows, "nearest", alt, "Nearest pictures")
     rms = distance[:, 0] / pegasi[0].numel() ** 0.5
@@ -2750,6 +2791,627 @@ if __name__ == "__main__":
 # The nearest by pixels share a pegasus's large areas, its ground and its pale middle, and not its shape. By
 # code, plain pictures come close to everything: their codes are short, and so are those of mixtures. If one of
 # them were the pegasus itself, only sharper, the batch would be a collage of what was memorised.
+
+# %% [markdown]
+# ## Beyond the paper: the same numbers, spread over space
+#
+# The paper ends on two limits: blurred pictures, and one or two convincing pegasi in a batch. Both have the
+# same cause. The encoder's last step is a 4x4 convolution that folds all places into one: whatever was known
+# about *where* must be written into numbers that each describe the whole picture, and the decoder has to
+# unfold them again. That takes most of the parameters and does not work very well.
+#
+# Now keep 512 numbers and leave them where they were found: 8 numbers in each cell of an 8x8 grid. The encoder
+# stops one stage earlier, and a 1x1 convolution gives each cell its means and log-variances. Nothing else
+# changes, neither the blocks nor the loss: there are as many numbers as before, so $\beta$ is the same. In
+# `Config` this is `latent_size`.
+
+
+# %%
+def spatial(cfg):
+    """cfg with its latent numbers spread over a grid of one cell for 8x8 pixels, as many as fit evenly."""
+    side = cfg.image_size // 8
+    numbers = max(1, cfg.latent_dim // side**2) * side**2
+    changes = {"latent_size": side, "latent_dim": numbers, "run_name": f"{cfg.run_name}-spatial"}
+    return cfg.model_copy(update=changes)
+
+
+if __name__ == "__main__":
+    if cfg.mode == "demo":
+        spatial_vae, spatial_info = load_checkpoint(cfg.checkpoint_dir / "pegasus_vae_spatial.safetensors")
+        spatial_history = read_history(cfg.checkpoint_dir / "history_spatial.csv")
+    else:
+        spatial_info = None
+        spatial_vae, spatial_history = fit(spatial(cfg))
+        if not spatial_history:
+            raise ReaderError("stopped before the first epoch was complete: run this cell again to go on")
+    spatial_vae.to(device)
+    channels, side, _ = spatial_vae.decoder.grid
+    print(f"{channels} numbers in each of {side}x{side} cells")
+
+# %% [markdown]
+# Which pixels does one latent number reach? Add 3 to a number of a horse's code, and see what changes in the
+# picture. Above, eight numbers of the paper's code; below, the first number of eight cells on the diagonal.
+
+# %%
+if __name__ == "__main__":
+    spatial_horses, spatial_birds = (
+        load_candidates(cfg, spatial_vae, group, only=chosen)
+        for group, chosen in (("horse", horse_picks), ("bird", bird_picks))
+    )
+    reach = {}
+    for name, model, code, numbers in (
+        ("paper", vae, horse_mu[0], evenly_spread(torch.arange(cfg.latent_dim), 8).tolist()),
+        ("spatial", spatial_vae, spatial_horses.latents[0], [cell * (side + 1) for cell in range(side)][:8]),
+    ):
+        moved = code + 3 * F.one_hot(torch.tensor(numbers), len(code))  # (8, latent_dim)
+        change = (decode_images(model, moved) - decode_images(model, code[None])).abs().amax(dim=1)
+        reach[name] = (change / change.amax(dim=(1, 2), keepdim=True)).expand(3, -1, -1, -1).transpose(0, 1)
+        share = (reach[name][:, 0] > 0.1).float().mean()
+        print(
+            f"{name:>8}: one number changes {share:.0%} of the picture by a tenth of its largest change or more"
+        )
+    alt = "Two rows of eight maps: in the upper row bright all over, in the lower row one bright spot each"
+    show_rows(reach, "reach", alt, "What one latent number changes, each map scaled to its largest change")
+
+# %% [markdown]
+# A number of the paper's code touches everything; a number of the spatial code touches its surroundings. So
+# place need not be learned, and the parameters that learned it can go:
+
+# %%
+if __name__ == "__main__":
+    test_images = load_images(cfg, "test") if find_data(cfg) else None
+    print(
+        f"{'layout':>14} {'parameters':>11} {'above floor':>12} {'PSNR/dB':>8} {'KL/number':>10} {'images/s':>9}"
+    )
+    models = {"paper": (vae, history, held_out["all of test"])}
+    in_test = spatial_info["held_out"]["all of test"] if test_images is None else None
+    in_test = in_test or evaluate(spatial_vae, test_images).mean(dim=0).tolist()
+    models["spatial"] = (spatial_vae, spatial_history, in_test)
+    for name, (model, epochs, (bce, floor, _, psnr)) in models.items():
+        layout = "{} {}x{}x{}".format(name, *model.decoder.grid)
+        parameters = sum(p.numel() for p in model.parameters())
+        kl = epochs[-1]["kl"] / (1 if cfg.reduction == "mean" else math.prod(model.decoder.grid))
+        speed = np.median([epoch["images_per_second"] for epoch in epochs])
+        print(f"{layout:>14} {parameters:11,} {bce - floor:12.4f} {psnr:8.2f} {kl:10.3f} {speed:9.0f}")
+
+# %%
+if __name__ == "__main__":
+    rows = {}
+    for name, candidates, mu in (("horse", spatial_horses, horse_mu), ("bird", spatial_birds, bird_mu)):
+        if candidates.originals:
+            rows[name] = candidates.images[:12]
+        rows[f"{name},\npaper"] = decode_images(vae, mu[:12])
+        rows[f"{name},\nspatial"] = decode_images(spatial_vae, candidates.latents[:12])
+    alt = "Rows of twelve horses and birds: the spatial reconstructions have legs, necks and beaks, the others blur"
+    show_rows(rows, "spatial_reconstructions", alt, f"{cfg.latent_dim} numbers, in one place or in {side**2}")
+
+# %% [markdown]
+# SPATIAL READING
+
+# %% [markdown]
+# ### Interpolation revisited
+#
+# The public functions take either kind of code. A grid offers one thing more: each cell can be treated as a
+# code of its own, stretched to *its* parents' length or negated alone.
+
+
+# %%
+def as_cells(z, grid):
+    """Codes (N, latent_dim) as one short code for each cell, (N * cells, channels)."""
+    return z.unflatten(1, grid).flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def as_codes(cells, grid):
+    """The inverse of as_cells: (N * cells, channels) -> (N, latent_dim)."""
+    return cells.unflatten(0, (-1, grid[1] * grid[2])).transpose(1, 2).flatten(1)
+
+
+if __name__ == "__main__":
+    grid, weight = spatial_vae.decoder.grid, cfg.horse_weight
+    horse_z, bird_z = spatial_horses.latents, spatial_birds.latents  # (picks_per_class, latent_dim)
+    signed_z = torch.where(dark_winged[:, None], -bird_z, bird_z)
+    assert torch.equal(as_codes(as_cells(horse_z, grid), grid), horse_z)
+    plain = make_pegasus(horse_z, bird_z, dark_winged, weight)
+    mixtures = {"plain": plain, "stretched": restore_norm(plain, horse_z, bird_z, weight)}
+    cells = (as_cells(z, grid) for z in (plain, horse_z, bird_z))
+    mixtures["stretched\nby cell"] = as_codes(restore_norm(*cells, weight), grid)
+    mixtures["arc"] = slerp(horse_z, signed_z, weight)
+    mixtures["arc\nby cell"] = as_codes(
+        slerp(as_cells(horse_z, grid), as_cells(signed_z, grid), weight), grid
+    )
+    mixed = {name: decode_images(spatial_vae, z) for name, z in mixtures.items()}
+    references = {
+        "horses": decode_images(spatial_vae, horse_z),
+        "paper": pegasi,
+        "paper,\nstretched": pegasi_stretched,
+    }
+    for name, images in (references | mixed).items():
+        contrast = images.mean(dim=1).std(dim=(1, 2)).mean()  # of brightness, over pixels
+        name = name.replace("\n", " ")
+        print(f"{name:>17}: contrast {contrast:.3f}, whiteness {whiteness(images).mean():.2f}")
+    rows = {"horse": spatial_horses.images[:12], "bird": spatial_birds.images[:12]}
+    rows |= {name: images[:12] for name, images in mixed.items()}
+    alt = "Twelve pairs of horse and bird and five kinds of mixtures of their spatial codes"
+    show_rows(rows, "spatial_interpolation", alt, f"Mixing spatial codes with weight {weight} for the horse")
+
+# %% [markdown]
+# INTERPOLATION READING
+
+# %%
+if __name__ == "__main__":
+    sweep = torch.stack(
+        [
+            decode_images(spatial_vae, make_pegasus(horse_z[:6], bird_z[:6], dark_winged[:6], w))
+            for w in weights
+        ]
+    )
+    rows = {f"pair {pair}": sweep[:, pair] for pair in range(sweep.shape[1])}
+    alt = "Six rows of eleven pictures from a bird to a horse; in the middle both are seen, one through the other"
+    show_rows(
+        rows, "spatial_sweep", alt, "Spatial codes: weight of the horse from left to right: 0, 0.1, ... 1"
+    )
+
+# %% [markdown]
+# SWEEP READING
+#
+# The sign, at last, can be flipped where the bird is and nowhere else. A bird's cells are those in which its
+# picture differs from its background.
+
+
+# %%
+def bird_cells(images, side):
+    """Which cells of a grid show something else than the background: images (N, 3, H, W) -> bool (N, side, side)."""
+    differs = (as_float(images) - background(images)).abs().amax(dim=1, keepdim=True)  # (N, 1, H, W)
+    return F.adaptive_avg_pool2d(differs, side)[:, 0] > 0.12
+
+
+if __name__ == "__main__":
+    correlation = {
+        name: opposition(m, z)
+        for name, m, z in (
+            ("paper", vae, torch.cat([horse_mu, bird_mu])),
+            ("spatial", spatial_vae, torch.cat([horse_z, bird_z])),
+        )
+    }
+    for name, values in correlation.items():
+        print(
+            f"{name:>8}: correlation of D(z) and D(-z) {values.mean():.2f} on average, weakest {values.max():.2f}"
+        )
+    inside = bird_cells(spatial_birds.images, side)  # (picks_per_class, side, side)
+    flipped = (bird_z.unflatten(1, grid) * (1 - 2 * inside[:, None].float())).flatten(1)
+    before, after = (decode_images(spatial_vae, z).mean(dim=1) for z in (bird_z, flipped))  # brightness
+    pixels = F.interpolate(inside[:, None].float(), size=before.shape[1:])[:, 0] > 0  # (N, H, W)
+    kept = (after - before).abs()[~pixels].mean() / (after - before).abs()[pixels].mean()
+    print(f"flipped in the bird's cells only: pixels outside change {kept:.0%} as much as those inside")
+    some = [i for i in range(len(bird_z)) if dark_winged[i]][:12] or list(range(12))
+    rows = {"bird": spatial_birds.images[some], "D(z)": decode_images(spatial_vae, bird_z[some])}
+    rows |= {
+        "D(-z)": decode_images(spatial_vae, -bird_z[some]),
+        "bird's cells\nnegated": decode_images(spatial_vae, flipped[some]),
+    }
+    alt = "Twelve dark-winged birds, reconstructed, negated as a whole, and negated in the bird's cells alone"
+    show_rows(rows, "spatial_flip", alt, "The opposite sign, everywhere or only where the bird is")
+
+# %% [markdown]
+# FLIP READING
+
+# %% [markdown]
+# ### The wing composer
+#
+# A code that keeps its place can be edited where the wings go. A *composition* says how: make the bird smaller
+# or larger, mirror it, move it until its wings stand on the horse's back, negate its code if the wings are
+# dark, and take the cells of the wings from the bird and all others from the horse,
+#
+# $$z_c = z_{\text{horse}, c} + m_c \, (1 - w) \, (\pm z_{\text{bird}, c} - z_{\text{horse}, c}),$$
+#
+# where the mask $m_c$ is 1 in the chosen cells, falls off over their neighbours, and is 0 elsewhere.
+#
+# > Choice: the bird is resized, mirrored and moved as a picture and then encoded, instead of moving the cells
+# > of its code. Why: the eight numbers of a cell say how its patch looks, and mirroring the grid moves
+# > patches without mirroring what is in them; the next cell but one measures it. Without a data folder, the
+# > picture is the decoder's drawing of the bird.
+
+
+# %%
+class Composition(BaseModel):
+    """How one horse gets its wings. Raises pydantic.ValidationError for a value out of range."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bird: int = Field(ge=0, description="whose wings: the index of a bird in the test split")
+    scale: float = Field(1, ge=0.3, le=2, description="size of the bird in the picture, 1: as it was")
+    right: float = Field(0, ge=-8, le=8, description="how far the bird is moved to the right, in cells")
+    down: float = Field(0, ge=-8, le=8, description="how far the bird is moved down, in cells")
+    mirror: bool = Field(False, description="whether the bird faces the other way")
+    dark_winged: bool = Field(False, description="whether the bird's code is negated")
+    cells: tuple[Annotated[str, Field(pattern="^[.#]+$")], ...] = Field(
+        description="rows of the latent grid, # for a cell from the bird, . for one from the horse"
+    )
+    horse_weight: float = Field(0, ge=0, le=1, description="weight of the horse in the bird's cells")
+    good: bool = Field(False, description="whether it is one of the best")
+
+    @property
+    def mask(self):
+        """Whether each cell comes from the bird, bool (rows, columns)."""
+        return torch.tensor([[cell == "#" for cell in row] for row in self.cells])
+
+
+def to_rows(mask):
+    """A bool mask (rows, columns) as strings of # and ., as in Composition.cells."""
+    return tuple("".join(".#"[cell] for cell in row) for row in mask.int().tolist())
+
+
+# %%
+def place_bird(image, composition):
+    """A bird (3, H, W), resized, mirrored and moved as the composition says, before its own background.
+
+    Returns floats in [0, 1], the same shape.
+    """
+    image = as_float(image)[None].flip(3) if composition.mirror else as_float(image)[None]
+    height, width = image.shape[2:]
+    cell = height / len(composition.cells)  # in pixels
+    size = [round(composition.scale * side) for side in (height, width)]
+    bird = F.interpolate(image, size, mode="bilinear", antialias=True)
+    top = round((height - size[0]) / 2 + composition.down * cell)
+    left = round((width - size[1]) / 2 + composition.right * cell)
+    canvas = background(image).repeat(1, 1, height, width)
+    rows = slice(max(top, 0), max(0, min(top + size[0], height)))
+    columns = slice(max(left, 0), max(0, min(left + size[1], width)))
+    there = bird[:, :, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    canvas[:, :, rows, columns] = there
+    return canvas[0]
+
+
+def soften(mask):
+    """A mask (N, rows, columns) as floats: 1 in chosen cells, in others the weighted share of neighbours.
+
+    The weights are 2 for a side and 1 for a corner, out of 16; nothing comes in over the border.
+    """
+    kernel = torch.tensor([[1.0, 2, 1], [2, 0, 2], [1, 2, 1]]) / 16
+    shares = F.conv2d(mask.float()[:, None], kernel[None, None], padding=1)[:, 0]
+    return torch.where(mask, 1.0, shares)
+
+
+def compose(vae, horse_mu, bird_images, compositions):
+    """Codes of horses with the wings of birds, as the compositions say.
+
+    vae: a model with a latent grid; horse_mu: (N, latent_dim) posterior means; bird_images: (N, 3, H, W);
+    compositions: N of them. Returns (N, latent_dim). Raises ValueError for a mask of another size than the
+    grid. An empty mask returns horse_mu; a full one with weight 0 the code of the bird.
+    """
+    grid = vae.decoder.grid
+    sizes = {(len(row), len(c.cells)) for c in compositions for row in c.cells}
+    if sizes != {grid[:0:-1]}:
+        raise ValueError(f"cells must be rows and columns of a {grid[1]}x{grid[2]} grid, not {sorted(sizes)}")
+    placed = torch.stack([place_bird(image, c) for image, c in zip(bird_images, compositions)])
+    sign = torch.tensor([-1.0 if c.dark_winged else 1.0 for c in compositions])[:, None]
+    bird_mu = sign * encode_mean(vae, placed)
+    share = soften(torch.stack([c.mask for c in compositions]))  # (N, rows, columns)
+    share = share * torch.tensor([1 - c.horse_weight for c in compositions])[:, None, None]
+    share = share[:, None].expand(-1, *grid).flatten(1)  # the same for all channels of a cell
+    return horse_mu + share * (bird_mu - horse_mu)
+
+
+# %%
+if __name__ == "__main__":
+    blank, full = ("." * side,) * side, ("#" * side,) * side
+    identity = Composition(bird=0, cells=full)
+    three = spatial_horses.latents[:3], spatial_birds.images[:3]
+    assert torch.equal(compose(spatial_vae, *three, [Composition(bird=0, cells=blank)] * 3), three[0])
+    assert torch.allclose(
+        compose(spatial_vae, *three, [identity] * 3), encode_mean(spatial_vae, three[1]), atol=1e-4
+    )
+    pictures = as_float(spatial_birds.images)
+    mirrored = torch.stack([place_bird(p, identity.model_copy(update={"mirror": True})) for p in pictures])
+    assert torch.equal(mirrored.flip(3), pictures), "mirrored twice is as before"
+    mirrored_cells = bird_z.unflatten(1, grid).flip(3).flatten(1)
+    for name, z in (("picture", encode_mean(spatial_vae, mirrored)), ("cells", mirrored_cells)):
+        mse = (decode_images(spatial_vae, z) - mirrored).square().mean(dim=(1, 2, 3))
+        print(f"{name:>8} mirrored: PSNR {-10 * mse.log10().mean():.2f} dB against the mirrored birds")
+
+# %% [markdown]
+# ### The file of compositions
+#
+# Compositions are kept like picks, with the same care: beside them in `outputs/compositions.json`, one for
+# each horse.
+
+
+# %%
+class CompositionsFile(KeptFile):
+    """Compositions, one for each horse, in a JSON file; path, shipped and candidates as for KeptFile.
+
+    side: cells on a side of the latent grid. compositions[horse] is the Composition of the horse with that
+    index, None if it has none yet.
+    """
+
+    SCHEMA, VERSION, LISTS, EMPTY = "pegasus_vae compositions", 1, ("compositions",), {}
+
+    def __init__(self, path, shipped, candidates, side):
+        self.side = side
+        super().__init__(path, shipped, candidates)
+
+    def __getitem__(self, horse):
+        with self.lock:
+            return self.chosen.get(horse)
+
+    @staticmethod
+    def merge(base, mine, theirs):
+        """Compositions {horse: Composition} with the changes from base to mine and from base to theirs."""
+        changed = {horse: c for horse, c in mine.items() if c != base.get(horse)}
+        kept = {horse: c for horse, c in theirs.items() if horse in mine or horse not in base}
+        return kept | changed
+
+    def understood(self, content, path):
+        """The compositions in the content of path, without those that do not fit grid or candidates."""
+        compositions = {}
+        for entry in content["compositions"]:
+            try:
+                entry = dict(entry)
+                horse, horse_crc32, bird_crc32 = (
+                    entry.pop(key) for key in ("horse", "horse_crc32", "bird_crc32")
+                )
+                composition = Composition(**entry)
+                rows = {len(row) for row in composition.cells} | {len(composition.cells)}
+                known = self.candidates["horse"][horse], self.candidates["bird"][composition.bird]
+                if horse < 0 or known != (horse_crc32, bird_crc32) or rows != {self.side}:
+                    raise ValueError
+                compositions[horse] = composition
+            except (ValueError, KeyError, IndexError, TypeError):  # pydantic's error is a ValueError
+                self.notes.append(f"{path}: composition {entry} dropped, it does not fit")
+        return compositions
+
+    def content(self):
+        """The compositions as they stand in the file."""
+        entries = []
+        for horse, composition in sorted(self.chosen.items()):
+            crc32 = self.candidates["horse"][horse], self.candidates["bird"][composition.bird]
+            entry = {"horse": horse, "horse_crc32": crc32[0], "bird_crc32": crc32[1]}
+            entries.append(entry | composition.model_dump(mode="json"))
+        return {"compositions": entries}
+
+    def change(self, horse, composition):
+        """Give the horse this composition, and save."""
+        with self.lock:
+            if composition != self.chosen.get(horse):
+                self.replace(self.chosen | {horse: composition})
+
+
+# %% [markdown]
+# Where a horse has no composition yet, a first guess stands in: the bird it was paired with, somewhat smaller,
+# above the middle, and of it the cells that differ from the bird's background.
+
+
+# %%
+def first_guess(bird, image, side, dark_winged=False):
+    """A composition to start from: bird is its index, image (3, H, W) its picture, side that of the grid."""
+    cells = ("." * side,) * side
+    guess = Composition(bird=bird, scale=0.7, down=-side / 4, dark_winged=dark_winged, cells=cells)
+    return guessed_cells(guess, image)
+
+
+def guessed_cells(composition, image):
+    """The composition with those cells chosen in which the placed bird differs from its background."""
+    placed = place_bird(image, composition)[None]
+    return composition.model_copy(update={"cells": to_rows(bird_cells(placed, len(composition.cells))[0])})
+
+
+# %%
+class WingComposer(Controls):
+    """Put wings on horses: choose a bird, place it, click on the cells that come from it.
+
+    vae: a model with a latent grid. horses, birds: Candidates, in the order of horse_indices and bird_indices.
+    kept: the CompositionsFile that every change goes to. guesses: a Composition for each horse, shown where
+    there is none in the file.
+    """
+
+    def __init__(self, vae, horses, birds, horse_indices, bird_indices, kept, guesses):
+        super().__init__(kept, "composer")
+        self.vae, self.horses, self.birds, self.guesses = vae, horses, birds, guesses
+        self.horse_indices, self.bird_indices, self.position = horse_indices, bird_indices, 0
+        self.fields, self.pictures = {}, {}
+        wide = {"style": {"description_width": "90px"}}
+        for name, low, high, step in (
+            ("scale", 0.3, 2, 0.05),
+            ("right", -8, 8, 0.25),
+            ("down", -8, 8, 0.25),
+            ("horse_weight", 0, 1, 0.05),
+        ):
+            slider = widgets.FloatSlider(min=low, max=high, step=step, continuous_update=False, **wide)
+            self.add_field(name, slider)
+        for name in ("mirror", "dark_winged", "good"):
+            self.add_field(name, widgets.Checkbox(indent=False, layout=widgets.Layout(width="auto")))
+        options = [(f"#{index}", index) for index in bird_indices]
+        self.add_field(
+            "bird", widgets.Dropdown(options=options, layout=widgets.Layout(width="200px"), **wide)
+        )
+        self.cells = [self.add_cell(row, column) for row in range(kept.side) for column in range(kept.side)]
+        grid = widgets.GridBox(
+            self.cells, layout=widgets.Layout(grid_template_columns=f"repeat({kept.side}, 1fr)")
+        )
+        grid.add_class("pegasus-mask")
+        for name in ("horse", "bird", "pegasus"):
+            self.pictures[name] = widgets.Image(format="jpeg", width=256, height=256)
+        canvas = widgets.Box([self.pictures["horse"], grid])
+        canvas.add_class("pegasus-canvas")
+        for name, action in {
+            "Previous": lambda: self.go_to(self.position - 1),
+            "Next": lambda: self.go_to(self.position + 1),
+            "Undo": kept.undo,
+            "Guess": lambda: self.edit(cells=guessed_cells(self.composition, self.bird_image()).cells),
+            "Clear": lambda: self.edit(cells=("." * kept.side,) * kept.side),
+        }.items():
+            self.add_button(name, action)
+        panels = (
+            ("horse: click on the cells to take from the bird", canvas),
+            ("bird, placed", self.pictures["bird"]),
+        )
+        panels += (("pegasus", self.pictures["pegasus"]),)
+        panels = [widgets.VBox([widgets.Label(title), picture]) for title, picture in panels]
+        wrap = widgets.Layout(flex_flow="row wrap")
+        sliders = widgets.VBox([self.fields[name] for name in ("scale", "right", "down", "horse_weight")])
+        choices = widgets.VBox([self.fields[name] for name in ("bird", "mirror", "dark_winged", "good")])
+        self.children = [
+            widgets.HTML(PICKER_STYLE),
+            widgets.HBox(list(self.buttons.values()), layout=wrap),
+            self.status,
+            widgets.HBox(panels, layout=wrap),
+            widgets.HBox([choices, sliders], layout=wrap),
+        ]
+        self.attempt(lambda: self.go_to(0))
+
+    def add_field(self, name, widget):
+        """Let a widget show and set a field of the composition."""
+        widget.description = name.replace("_", " ")
+        widget.observe(lambda change: self.attempt(lambda: self.edit(**{name: change["new"]})), "value")
+        self.fields[name] = widget
+
+    def add_cell(self, row, column):
+        """The checkbox of a cell of the mask."""
+        box = widgets.Checkbox(description=f"row {row + 1}, column {column + 1}", indent=False)
+        box.observe(lambda change: self.attempt(lambda: self.choose(row, column, change["new"])), "value")
+        return box
+
+    @property
+    def horse(self):
+        """The index of the horse that is shown."""
+        return self.horse_indices[self.position]
+
+    @property
+    def composition(self):
+        """The composition that is shown, the reader's or the first guess."""
+        return self.kept[self.horse] or self.guesses[self.position]
+
+    def bird_image(self):
+        """The picture of the bird of the composition; ReaderError if it is not at hand."""
+        bird = self.composition.bird
+        if bird not in self.bird_indices:
+            raise ReaderError(f"bird #{bird} is new here: run the cell above and this one again")
+        return self.birds.images[self.bird_indices.index(bird)]
+
+    def edit(self, **fields):
+        """Change fields of the composition that is shown, and save it; what is as it was, is no change."""
+        changed = Composition(**self.composition.model_dump() | fields)
+        if changed != self.composition:
+            self.kept.change(self.horse, changed)
+
+    def choose(self, row, column, chosen):
+        """Take a cell from the bird or leave it to the horse."""
+        mask = self.composition.mask
+        mask[row, column] = chosen
+        self.edit(cells=to_rows(mask))
+
+    def go_to(self, position):
+        """Show the horse at a position; beyond the ends, the nearest there is."""
+        self.position = min(max(0, position), len(self.horse_indices) - 1)
+        self.trouble = None
+        self.refresh()
+
+    def refresh(self):
+        """Show the composition as it is now, whoever changed it."""
+        composition, position = self.composition, self.position
+        for name, widget in self.fields.items():
+            widget.value = getattr(composition, name)
+        for box, chosen in zip(self.cells, composition.mask.flatten().tolist()):
+            box.value = chosen
+        bird, mu = self.bird_image(), self.horses.latents[position : position + 1]
+        pegasus = decode_images(self.vae, compose(self.vae, mu, [bird], [composition]))[0]
+        shown = {"horse": as_float(self.horses.images[position]), "bird": place_bird(bird, composition)}
+        for name, image in (shown | {"pegasus": pegasus}).items():
+            self.pictures[name].value = jpeg((image * 255).round().byte(), 256)
+        self.refresh_status()
+
+    def refresh_status(self):
+        """Rewrite the line above the pictures."""
+        state = "composed" if self.kept[self.horse] else "first guess"
+        self.tell(f"horse {self.position + 1} of {len(self.horse_indices)}, #{self.horse}: {state}")
+
+
+# %%
+if __name__ == "__main__":
+    files = cfg.output_dir / "compositions.json", cfg.checkpoint_dir / "compositions.json"
+    compositions = CompositionsFile(*files, crc32, side)
+    for note in compositions.notes:
+        print(note)
+    others = {compositions[horse].bird for horse in horse_picks if compositions[horse]} - set(bird_picks)
+    wing_indices = bird_picks + sorted(others)  # birds whose wings are at hand
+    wing_birds = load_candidates(cfg, spatial_vae, "bird", only=wing_indices)
+    guesses = [
+        first_guess(bird, image, side, dark)
+        for bird, image, dark in zip(bird_picks, wing_birds.images, dark_winged.tolist())
+    ]
+    pictures = spatial_vae, spatial_horses, wing_birds, horse_picks, wing_indices
+    with tempfile.TemporaryDirectory() as scratch:  # code clicks first
+        files = Path(scratch) / "compositions.json", Path(scratch) / "none"
+        trial = CompositionsFile(*files, crc32, side)
+        composer = WingComposer(*pictures, trial, guesses)
+        composer.buttons["Clear"].click()
+        composer.cells[0].value = True
+        composer.fields["right"].value = 1.5
+        again = CompositionsFile(*files, crc32, side)[horse_picks[0]]
+        assert again.mask[0, 0] and again.mask.sum() == 1 and again.right == 1.5, (
+            "what was done is in the file"
+        )
+        composer.buttons["Undo"].click()
+        assert trial[horse_picks[0]].right == guesses[0].right == composer.fields["right"].value
+    print(f"{compositions.origin} compositions: {len(compositions.chosen)}")
+
+# %%
+if __name__ == "__main__":
+    composer = WingComposer(*pictures, compositions, guesses)
+    if in_notebook:
+        display(composer)
+
+# %% [markdown]
+# COMPOSER READING
+
+# %%
+if __name__ == "__main__":
+    compositions.take_up()
+    made = [compositions[horse] or guess for horse, guess in zip(horse_picks, guesses)]
+    wings = [wing_birds.images[wing_indices.index(composition.bird)] for composition in made]
+    composed = decode_images(spatial_vae, compose(spatial_vae, spatial_horses.latents, wings, made))
+    alt = "Eight by eight horses with wings: pale horses from whose shoulders and backs light wings rise"
+    contact_sheet(composed, "pegasus_composed", alt, f"{len(composed)} composed pegasi", columns=8)
+
+# %%
+if __name__ == "__main__":
+    twelve = sorted(range(len(made)), key=lambda position: not made[position].good)[:12]
+    large = F.interpolate(composed[twelve], scale_factor=3, mode="bicubic").clamp(0, 1)
+    title = f"Numbers {', '.join(map(str, twelve))}"
+    show_rows({"": large[:6], " ": large[6:]}, "composed_best", "Twelve composed pegasi, large", title)
+
+# %% [markdown]
+# COMPOSED READING
+
+# %% [markdown]
+# ### What is generated, and what is copied
+#
+# HONESTY
+
+# %%
+if __name__ == "__main__":
+    placed = torch.stack([place_bird(image, composition) for image, composition in zip(wings, made)])
+    masks = torch.stack([composition.mask for composition in made])
+    inside = F.interpolate(masks[:, None].float(), size=composed.shape[2:]).bool().expand_as(composed)
+    own = as_float(spatial_horses.images)
+
+    def apart(one, other, where):
+        """Root mean square difference of two batches of images where a mask is set."""
+        return (one - other)[where].square().mean().sqrt()
+
+    print(f"{masks.float().mean():.0%} of the cells come from the bird; rms difference of the pegasi")
+    print(
+        f"  from their horse: {apart(composed, own, ~inside):.3f} outside those cells, {apart(composed, own, inside):.3f} inside"
+    )
+    light = [i for i in range(len(made)) if not made[i].dark_winged]
+    print(
+        f"  from their bird: {apart(composed[light], placed[light], inside[light]):.3f} inside, where it is not negated"
+    )
+    close, distance = nearest(composed[twelve[:8]], photographs)
+    rows = {"pegasus": composed[twelve[:8]], "horse": own[twelve[:8]], "bird": placed[twelve[:8]]}
+    rows[f"{name_of_pool},\nby pixels"] = as_float(photographs[close[:, 0]])
+    alt = "Eight composed pegasi above their horses, their placed birds, and the nearest other photographs"
+    show_rows(rows, "composed_nearest", alt, "Composed pegasi and their parents")
 
 # %% [markdown]
 # ## Limits

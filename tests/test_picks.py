@@ -702,9 +702,9 @@ def test_what_goes_wrong_in_a_click_is_shown_and_ends_nothing(pv, picks, open_pi
 
 
 def test_changes_at_the_same_time_in_one_notebook_wait_for_each_other(pv, open_picks, monkeypatch):
-    one, two, merge = open_picks(), open_picks(), pv.merge
+    one, two, merge = open_picks(), open_picks(), pv.PicksFile.merge
     two.change("horse", 1, True)
-    monkeypatch.setattr(pv, "merge", lambda *sides: time.sleep(0.2) or merge(*sides))
+    monkeypatch.setattr(one, "merge", lambda *sides: time.sleep(0.2) or merge(*sides))
     first = threading.Thread(target=one.change, args=("horse", 2, True))
     first.start()
     time.sleep(0.05)  # inside the merge
