@@ -64,6 +64,9 @@ def draw_stl10(data_dir, train_per_class=6, unlabeled=40, test_animals=24, seed=
 SMOKE = Path(tempfile.mkdtemp(prefix="pegasus-smoke-"))
 atexit.register(shutil.rmtree, SMOKE, ignore_errors=True)
 draw_stl10(SMOKE / "data")
+(SMOKE / "checkpoints").mkdir()
+for file in (ROOT / "checkpoints").glob("ablations.*"):
+    shutil.copy(file, SMOKE / "checkpoints")
 os.environ.update(
     PEGASUS_MODE="smoke",
     PEGASUS_DATA_DIR=str(SMOKE / "data"),
