@@ -15,8 +15,21 @@
 # %% [markdown]
 # # Breeding pegasi with a variational autoencoder
 #
-# ![An eight by eight grid of small generated pictures, most of them pale horse-like shapes](checkpoints/pegasus.png)
-#
+# *Using variational autoencoders as generative models*, a short paper, built, trained, measured, and taken one
+# step further
+
+# %%
+from pathlib import Path
+
+from IPython import get_ipython
+from IPython.display import Image as Picture
+from IPython.display import display
+
+if __name__ == "__main__" and get_ipython() and Path("checkpoints/pegasus.png").exists():
+    alt = "An eight by eight grid of small generated pictures, most of them pale horse-like shapes"
+    display(Picture(filename="checkpoints/pegasus.png", alt=alt))
+
+# %% [markdown]
 # Nobody has photographed a pegasus, so no data set holds one. These 64 pictures were made by a network that
 # has seen only real photographs: horses, birds, ships, frogs. It learned to write each photograph down as 512
 # numbers and to draw a picture back from such numbers. Between the numbers of a white horse and those of a
@@ -81,7 +94,6 @@ import zlib
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import ipywidgets as widgets
@@ -92,9 +104,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from filelock import FileLock, Timeout
-from IPython import get_ipython
-from IPython.display import Image as Picture
-from IPython.display import display
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -1837,7 +1846,7 @@ if __name__ == "__main__":
 # Without widgets, `picks.change("horse", 606, True)` in a cell does what a click does. In the file, `horse` and
 # `bird` list the `index` of a picture in its class of the test split and the `crc32` of its pixels, and the
 # first horse is mixed with the first bird; `"dark": true` marks a bird to be negated; `best` holds the
-# position of the best pegasus in the batch, for each model and weight that made one.
+# positions of the best pegasi in the batch, for each model and weight that made one.
 #
 # ### The file of picks
 #
@@ -1963,10 +1972,10 @@ class PicksFile(KeptFile):
     """Hand-made picks in a JSON file; path, shipped and candidates as for KeptFile.
 
     target: how many to pick of each class. maker: names what draws the batch, the weights for instance, for
-    which alone a best pegasus is remembered.
+    which alone the best pegasi are remembered.
 
     picks["horse"] and picks["bird"] are candidate indices in the order of picking, picks["dark"] those of
-    picked birds with dark wings, picks["best"] the position of the best pegasus in the batch.
+    picked birds with dark wings, picks["best"] the positions of up to three best pegasi in the batch, the best one last.
     """
 
     SCHEMA, VERSION, LISTS = "pegasus_vae picks", 1, ("horse", "bird")
@@ -1985,8 +1994,8 @@ class PicksFile(KeptFile):
     def merge(base, mine, theirs):
         """Groups of picks with the changes that led from base to mine and from base to theirs.
 
-        All are {group: indices in the order of picking}. The best pegasus is kept only with the parents that
-        it was picked with.
+        All are {group: indices in the order of picking}. The best pegasi are kept only with the parents that
+        they were picked with.
         """
         merged = {}
         for group, indices in theirs.items():
@@ -1996,7 +2005,7 @@ class PicksFile(KeptFile):
         merged["dark"] = [bird for bird in merged["dark"] if bird in merged["bird"]]
         source = mine if mine["best"] != base["best"] else theirs
         same = all(merged[group] == source[group] for group in ("horse", "bird", "dark"))
-        return merged | {"best": source["best"] if same else []}
+        return merged | {"best": merged["best"][-3:] if same else []}
 
     def understood(self, content, path):
         """The groups of picks in the content of path, without the entries that do not fit the candidates."""
@@ -2018,11 +2027,11 @@ class PicksFile(KeptFile):
             self.bests = {}
         best = self.bests.pop(self.maker, None)
         if isinstance(best, dict) and best.get("parents") == self.parents(groups):
-            index = best.get("index")
-            if isinstance(index, int) and 0 <= index < self.target:
-                groups["best"] = [index]
+            indices = best.get("indices")
+            if isinstance(indices, list) and all(index in range(self.target) for index in indices):
+                groups["best"] = list(dict.fromkeys(indices))[-3:]
             else:
-                self.notes.append(f"{path}: best {index} dropped, no position in the batch")
+                self.notes.append(f"{path}: best {indices} dropped, no positions in the batch")
         return groups
 
     def content(self):
@@ -2034,7 +2043,7 @@ class PicksFile(KeptFile):
             entry |= {"dark": True} if entry["index"] in self.chosen["dark"] else {}
         content["best"] = dict(self.bests)
         if self.chosen["best"]:
-            best = {"index": self.chosen["best"][0], "parents": self.parents(self.chosen)}
+            best = {"indices": self.chosen["best"], "parents": self.parents(self.chosen)}
             content["best"][self.maker] = best
         return content
 
@@ -2046,7 +2055,8 @@ class PicksFile(KeptFile):
     def change(self, group, index, picked):
         """Pick or unpick one candidate, and save.
 
-        An unpicked bird loses its mark. With other parents, the best pegasus is forgotten.
+        An unpicked bird loses its mark. With other parents, the best pegasi are forgotten; of these,
+        the latest three are kept.
         """
         with self.lock:
             impossible = group == "dark" and index not in self.chosen["bird"]
@@ -2057,8 +2067,9 @@ class PicksFile(KeptFile):
                     "these pegasi have other parents than are picked now: run the cells above again"
                 )
                 return self.tell()
-            rest = [other for other in self.chosen[group] if other != index and group != "best"]
+            rest = [other for other in self.chosen[group] if other != index]
             groups = self.chosen | {"best": []} | {group: [*rest, index] if picked else rest}
+            groups["best"] = groups["best"][-3:]
             groups["dark"] = [bird for bird in groups["dark"] if bird in groups["bird"]]
             self.replace(groups)
 
@@ -2245,7 +2256,8 @@ class Controls(widgets.VBox):
     def tell(self, text):
         """Write the status line: text, then whether the file was saved; screen readers are told."""
         kept = self.kept
-        whose = f"{kept.origin} {kept.path.stem}" + (", saved" if kept.origin == "your own" else "")
+        whose = {"your own": "your own {}, saved", "none": "no {} yet"}.get(kept.origin, kept.origin + " {}")
+        whose = whose.format(kept.path.stem)
         text += " · " + (f"NOT saved: {kept.failure}" if kept.failure else whose)
         text += "".join(f" · {note}" for note in (*kept.notes[-1:], self.trouble) if note)
         text = html.escape(text).replace("NOT saved", "<strong>NOT saved</strong>")
@@ -2258,7 +2270,7 @@ class ImagePicker(Controls):
 
     picture: a function from the index of a candidate to what is shown of it, uint8 (3, H, W). picks: the
     PicksFile that all pickers of the notebook share. group: "horse", "bird", "dark" (shows the picked
-    birds) or "best" (one pick only). sorts: {name: indices in that order, or a function that computes them
+    birds) or "best" (three at most). sorts: {name: indices in that order, or a function that computes them
     from the picks of the group}. on_pick(index) is called when a click has picked a candidate.
     """
 
@@ -2349,7 +2361,7 @@ class ImagePicker(Controls):
         """Rewrite the line above the grid."""
         count, target = len(self.kept[self.group]), self.kept.target
         birds = "1 bird" if count == 1 else f"{count} birds"
-        words = {"dark": f"{birds} marked as dark-winged", "best": f"{count} of 1 best pegasus picked"}
+        words = {"dark": f"{birds} marked as dark-winged", "best": f"{count} of 3 best pegasi picked"}
         text = words.get(self.group, f"{count} of {target} {self.group}s picked")
         if self.group in self.kept.candidates and count > target:
             text += f": remove {count - target}"
@@ -2621,17 +2633,16 @@ if __name__ == "__main__":
 # numbers 12 and 48. If every picture looked like a plain horse, the weight would be too high.
 
 # %% [markdown]
-# ### The best one
+# ### The best three
 #
-# Pick yours: a click writes it to `outputs/best.png`, four times enlarged. It is remembered together with the
-# picks, for these weights. Ours is number 12: head and neck of a horse, and behind them a light hump where a
-# folded wing would be.
+# Pick yours: a click writes the picture to `outputs/best.png`, four times enlarged. The latest three are
+# remembered together with the picks, for these weights; the last one counts as the best.
 
 
 # %%
-def save_best(best):
-    """Write pegasus number best, enlarged, to best.png."""
-    large = F.interpolate(pegasi[best : best + 1], scale_factor=4, mode="bicubic").clamp(0, 1)
+def save_best(position):
+    """Write the pegasus at a position of the batch, enlarged, to best.png."""
+    large = F.interpolate(pegasi[position : position + 1], scale_factor=4, mode="bicubic").clamp(0, 1)
     save_image(large, cfg.output_dir / "best.png")
 
 
@@ -2644,21 +2655,24 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    best = (picks["best"] or whitest_first(batch))[0]
+    chosen = f"{picks.origin} picks" if picks["best"] else "the whitest, since nobody has picked any yet"
+    three = list(dict.fromkeys([*picks["best"][::-1], *whitest_first(batch)]))[:3]  # the best one first
+    best = three[0]
     save_best(best)
-    chosen = f"{picks.origin} pick" if picks["best"] else "the whitest, since nobody has picked one yet"
-    print(f"best pegasus: number {best} ({chosen}), {cfg.output_dir / 'best.png'}")
-    parents = [as_float(horses.images[horse_picks[best]]), as_float(birds.images[bird_picks[best]])]
-    family = torch.stack([*parents, pegasi[best], pegasi_stretched[best]])
-    negated = ", its code negated" if dark_winged[best] else ""
-    alt = "Four large pictures: a horse, a bird, and the pegasus between them, plain and stretched"
-    show_rows(
-        {"": family}, "best_family", alt, f"Number {best}: horse, bird{negated}, their pegasus, stretched"
+    print(
+        f"best pegasi: {', '.join(map(str, three))} ({chosen}); number {best} is {cfg.output_dir / 'best.png'}"
     )
+    rows = {}
+    for position in three:
+        horse, bird = horses.images[horse_picks[position]], birds.images[bird_picks[position]]
+        family = [as_float(horse), as_float(bird), pegasi[position], pegasi_stretched[position]]
+        rows[f"number {position}" + ",\nbird negated" * bool(dark_winged[position])] = torch.stack(family)
+    alt = "Three rows of four large pictures: a horse, a bird, and the pegasus between them, plain and stretched"
+    show_rows(rows, "best_family", alt, "The best three: horse, bird, their pegasus, stretched")
 
 # %% [markdown]
-# The third picture should keep the ground and the legs of the first and gain a light shape above its back. If
-# it equals the first, the bird contributed nothing.
+# The third picture of a row should keep the ground and the legs of the first and gain a light shape above its
+# back. If it equals the first, the bird contributed nothing.
 
 # %% [markdown]
 # ## How good are they?
@@ -3288,7 +3302,7 @@ class WingComposer(Controls):
         }.items():
             self.add_button(name, action)
         panels = (
-            ("horse: click on the cells to take from the bird", canvas),
+            ("horse: tick what is the bird's", canvas),
             ("bird, placed", self.pictures["bird"]),
         )
         panels += (("pegasus", self.pictures["pegasus"]),)
@@ -3399,7 +3413,9 @@ if __name__ == "__main__":
         )
         composer.buttons["Undo"].click()
         assert trial[horse_picks[0]].right == guesses[0].right == composer.fields["right"].value
-    print(f"{compositions.origin} compositions: {len(compositions.chosen)}")
+    print(
+        f"{len(compositions.chosen)} compositions, {compositions.origin}; a first guess for each other horse"
+    )
 
 # %%
 if __name__ == "__main__":

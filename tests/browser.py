@@ -124,14 +124,14 @@ class Notebook:
 
     def run_all(self):
         """Run all cells and wait for the last figure."""
-        last = self.outputs / "nearest.png"
+        last = self.outputs / "composed_nearest.png"
         last.unlink(missing_ok=True)
         self.menu("Run", "Run All Cells")
         until(lambda: last.exists() and self.jupyter.idle(self.name), "all cells have run", 120)
 
     def run_below(self):
         """Run the cells from the contact sheets on, and wait for the last figure."""
-        last = self.outputs / "nearest.png"
+        last = self.outputs / "composed_nearest.png"
         last.unlink(missing_ok=True)
         cell = self.page.locator(".jp-CodeCell").filter(has_text="def contact_sheet(").locator(".cm-content")
         self.picker("dark")  # the cell before: others may be out of sight, and not drawn
@@ -148,8 +148,9 @@ class Notebook:
         self.page.locator(f"body[data-jp-theme-light={light}]").wait_for(state="attached")
 
     def picker(self, group):
-        """The picker of "horse", "bird", "dark" or "best", scrolled into view: cells out of sight are not drawn."""
-        words = {"dark": "marked as dark-winged", "best": "best pegasus picked"}
+        """The picker of "horse", "bird", "dark" or "best", or the "composer", scrolled into view: cells out of sight are
+        not drawn."""
+        words = {"dark": "marked as dark-winged", "best": "best pegasi picked", "composer": r"horse \d+ of \d+"}
         status = re.compile(words.get(group, rf"\d+ {group}s picked"))
         picker = self.page.locator(".pegasus-picker").filter(
             has=self.page.get_by_role("status").filter(has_text=status)
@@ -168,7 +169,7 @@ class Notebook:
 def measure(notebook, picks):
     """Print the seconds of ten first pages, page flips, and clicks until the file has followed."""
     picker = notebook.picker("bird")
-    seconds = {"first page of 40": [], "page flip, 40 new pictures": [], "click to file": []}
+    seconds = {"first page of 40": [], "page flip, 40 new pictures": [], "click to file": [], "click to pegasus": []}
     undrawn = "imgs => imgs.length != 40 || imgs.some(i => i.dataset.seen || !i.complete || !i.naturalWidth)"
     mark = "imgs => imgs.forEach(i => { i.dataset.seen = 1 })"
 
@@ -193,6 +194,14 @@ def measure(notebook, picks):
         picker.get_by_role("checkbox").nth(turn).click()
         until(lambda: picks.exists() and picks.read_bytes() != before, "the file follows")  # noqa: B023
         seconds["click to file"].append(time.perf_counter() - started)
+    composer = notebook.picker("composer")
+    pegasus = composer.get_by_role("img").last
+    for turn in range(10):
+        before = pegasus.get_attribute("src")
+        started = time.perf_counter()
+        composer.get_by_role("checkbox", name=re.compile("^row")).nth(27 + turn).click()
+        until(lambda: pegasus.get_attribute("src") != before, "the pegasus follows")  # noqa: B023
+        seconds["click to pegasus"].append(time.perf_counter() - started)
     for what, values in seconds.items():
         numbers = [min(values), statistics.median(values), max(values)]
         print(f"{what:28}" + "".join(f"{number:8.2f}" for number in numbers))

@@ -34,7 +34,7 @@ CHANGES = {
 def shipped_pairs(cfg, horses, birds):
     """Indices of six picked horses and birds, the best pair first, and which of the birds have dark wings."""
     picks = json.loads((SHIPPED / "picks.json").read_text())
-    best = next(iter(picks["best"].values()))["index"]
+    best = next(iter(picks["best"].values()))["indices"][-1]
     order = [best, *(i for i in range(0, len(picks["horse"]), 11) if i != best)][:6]
     horse, bird = ([picks[group][i]["index"] for i in order] for group in ("horse", "bird"))
     return horse, bird, torch.tensor([bool(picks["bird"][i].get("dark")) for i in order])

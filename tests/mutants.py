@@ -61,7 +61,7 @@ MUTANTS = {
     "gradients not averaged": ("DistributedDataParallel(vae) if RANKS > 1 else vae", "vae"),
     "lock not taken": ("with FileLock(folder / \"lock\", timeout=0):", "if True:"),
     "threads do not wait for each other": ("with self.lock:\n            impossible", "if True:\n            impossible"),
-    "best kept with other parents": ('return merged | {"best": source["best"] if same else []}', 'return merged | {"best": source["best"]}'),
+    "best kept with other parents": ('return merged | {"best": merged["best"][-3:] if same else []}', 'return merged | {"best": merged["best"][-3:]}'),
     "best of another model destroyed": ('content["best"] = dict(self.bests)', 'content["best"] = {}'),
     "stale picks handed over": ("            self.take_up()\n            for group", "            for group"),
     "callback fails in silence": ('                self.trouble = f"{type(error).__name__}: {error}"\n', "                pass\n"),

@@ -36,7 +36,8 @@ def jupyter(tmp_path_factory):
 def notebook(request, jupyter, chromium):
     """The notebook, all cells run; the second one resumes the finished training of the first."""
     outputs = jupyter.folder.parent / "outputs"
-    (outputs / "picks.json").unlink(missing_ok=True)
+    for kept in ("picks.json", "compositions.json"):
+        (outputs / kept).unlink(missing_ok=True)
     notebook = Notebook(jupyter, chromium, request.param, outputs)
     notebook.run_all()
     yield notebook
@@ -196,17 +197,17 @@ def test_a_bird_and_its_negative_stand_side_by_side_and_its_mark_goes_with_it(no
     until(lambda: picks()["bird"][0] == picks()["bird"][0] | {"index": number, "dark": True}, "both are back")
 
 
-def test_the_best_is_written_at_once_and_there_is_only_one(notebook, picks):
+def test_the_best_is_written_at_once_and_there_are_three_at_most(notebook, picks):
     notebook.run_below()  # since the batch was drawn, other tests have changed its parents
     best = notebook.picker("best")
     assert len(numbers(best)) == 16
     image = notebook.outputs / "best.png"
-    for number in (5, 9):
+    for numbers_now in ([5], [5, 9], [5, 9, 2], [9, 2, 7]):
         before = image.stat().st_mtime_ns
-        box(best, number).click()
-        until(lambda: [entry["index"] for entry in (picks() or {})["best"].values()] == [number], "in the file")  # noqa: B023
+        box(best, numbers_now[-1]).click()
+        until(lambda: [entry["indices"] for entry in (picks() or {})["best"].values()] == [numbers_now], "in the file")  # noqa: B023
         until(lambda: image.stat().st_mtime_ns != before, "best.png follows")  # noqa: B023
-        until(lambda: ticked(best) == [number], "alone")  # noqa: B023
+        until(lambda: ticked(best) == sorted(numbers_now), "these and no others")  # noqa: B023
 
 
 def test_own_picks_change_what_follows_and_the_notebook_says_so(notebook, picks):
@@ -223,6 +224,81 @@ def test_own_picks_change_what_follows_and_the_notebook_says_so(notebook, picks)
     until(lambda: said.count(), "the notebook says whose picks are in use")
     press(horses, "Undo")
     press(horses, "Undo")
+
+
+@pytest.fixture
+def compositions(notebook):
+    """compositions(): {horse: composition} in the reader's file."""
+    path = notebook.outputs / "compositions.json"
+
+    def compositions():
+        return {c["horse"]: c for c in json.loads(path.read_text())["compositions"]} if path.exists() else {}
+
+    return compositions
+
+
+def horse_of(composer):
+    return int(re.search(r"#(\d+)", status(composer))[1])
+
+
+def pegasus(composer):
+    return composer.locator("img").last.get_attribute("src")
+
+
+def test_a_click_on_a_cell_of_the_horse_takes_it_from_the_bird_and_the_pegasus_follows(notebook, compositions):
+    composer = notebook.picker("composer")
+    assert compositions() == {} and "first guess" in status(composer)
+    horse, before = horse_of(composer), pegasus(composer)
+    press(composer, "Clear")
+    until(lambda: horse in compositions() and "#" not in "".join(compositions()[horse]["cells"]), "cleared")
+    until(lambda: pegasus(composer) != before, "the horse alone")
+    alone = pegasus(composer)
+    picture = composer.locator("img").first.bounding_box()
+    notebook.page.mouse.click(picture["x"] + picture["width"] * 2.5 / 8, picture["y"] + picture["height"] * 4.5 / 8)
+    until(lambda: compositions()[horse]["cells"][4] == "..#.....", "row 5, column 3")
+    until(lambda: pegasus(composer) != alone, "the pegasus follows")
+    tick = composer.get_by_role("checkbox", name="row 5, column 3", exact=True)
+    assert tick.is_checked() and composer.get_by_role("checkbox", name=re.compile("^row"), checked=True).count() == 1
+    press(composer, "Undo")
+    until(lambda: not tick.is_checked() and pegasus(composer) == alone, "undone")
+
+
+def test_sliders_boxes_and_the_bird_change_the_composition_by_keyboard_too(notebook, compositions, picks):
+    composer, page = notebook.picker("composer"), notebook.page
+    horse = horse_of(composer)
+    cell = composer.get_by_role("checkbox", name="row 3, column 2", exact=True)
+    cell.focus()
+    page.keyboard.press("Space")
+    until(lambda: compositions()[horse]["cells"][2][1] == "#", "Space takes a cell")
+    page.keyboard.press("Tab")
+    outline = cell.evaluate("e => getComputedStyle(document.activeElement.closest('.widget-checkbox')).outlineStyle")
+    assert outline == "dashed", "the next cell has the focus, and one can see it"
+    before = compositions()[horse]["right"]
+    handles = composer.locator(".noUi-handle, [role=slider]")
+    handles.nth(1).focus()
+    page.keyboard.press("ArrowRight")
+    until(lambda: compositions()[horse]["right"] == before + 0.25, "a quarter of a cell to the right")
+    mirror, drawn = compositions()[horse]["mirror"], pegasus(composer)
+    composer.get_by_role("checkbox", name="mirror", exact=True).click()
+    until(lambda: compositions()[horse]["mirror"] is not mirror and pegasus(composer) != drawn, "mirrored")
+    other = next(bird for bird in picked(picks(), "bird") if bird != compositions()[horse]["bird"])
+    choose(composer, "bird", f"#{other}")
+    until(lambda: compositions()[horse]["bird"] == other, "another bird")
+
+
+def test_each_horse_has_its_own_composition(notebook, compositions):
+    composer = notebook.picker("composer")
+    first, before = horse_of(composer), compositions()
+    press(composer, "Next")
+    until(lambda: "horse 2 of 16" in status(composer) and "first guess" in status(composer), "the second horse")
+    assert compositions() == before, "looking changes nothing"
+    press(composer, "Guess")
+    press(composer, "Clear")
+    second = horse_of(composer)
+    until(lambda: second in compositions(), "it has a composition now")
+    assert compositions()[first] == before[first] and first != second
+    press(composer, "Previous")
+    until(lambda: horse_of(composer) == first and "composed" in status(composer), "the first again")
 
 
 def test_a_full_disk_shows_not_saved_and_the_next_click_saves_both(notebook, picks):

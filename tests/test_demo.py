@@ -47,7 +47,9 @@ def test_it_ends_with_64_different_pegasi(demo):
 
 
 @pytest.mark.parametrize(
-    "name", ["architecture", "curves", "reconstructions", "horses", "birds", "flip", "pegasus", "best"]
+    "name",
+    ["architecture", "curves", "reconstructions", "horses", "birds", "flip", "pegasus", "best"]
+    + ["ablations", "reach", "spatial_reconstructions", "pegasus_spatial", "pegasus_composed", "composed_best"],
 )
 def test_the_figures_are_there_and_not_blank(demo, name):
     assert read(demo[0] / f"{name}.png").std() > 5
@@ -56,6 +58,7 @@ def test_the_figures_are_there_and_not_blank(demo, name):
 def test_it_says_what_it_used_and_where_the_pictures_went(demo):
     outputs, printed = demo
     assert "mode demo" in printed and "shipped picks: 64 horses, 64 birds" in printed
+    assert "64 compositions, shipped" in printed, "all of them fit the shipped candidates"
     assert str(outputs / "pegasus.png") in printed and str(outputs / "best.png") in printed
 
 

@@ -29,7 +29,7 @@ def code_cells(notebook):
 @pytest.fixture(scope="module")
 def pictures(code_cells):
     outputs = [output for cell in code_cells for output in cell.outputs if "image/png" in output.get("data", {})]
-    assert len(outputs) >= 15, "the story has at least fifteen figures"
+    assert len(outputs) >= 25, "the story has at least twenty-five figures"
     return outputs
 
 
@@ -62,6 +62,7 @@ def test_figures_have_alt_text_and_are_not_blank(pictures):
 def test_it_was_executed_in_demo_mode_with_the_photographs(code_cells):
     text = "".join(output.get("text", "") for cell in code_cells for output in cell.outputs)
     assert "mode demo" in text and "shipped picks: 64 horses, 64 birds" in text and "1339 birds, photographs" in text
+    assert "64 compositions, shipped" in text
 
 
 def test_no_path_of_a_machine_no_widget_state_and_under_10_mb(notebook, code_cells):
