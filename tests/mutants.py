@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-UNIT_TESTS = [f"tests/test_{part}.py" for part in ("config", "data", "model", "pegasus", "picks", "training")]
+UNIT_TESTS = [
+    f"tests/test_{part}.py" for part in ("compose", "config", "data", "model", "pegasus", "picks", "training")
+]
 
 # name: (what stands in pegasus_vae.py, exactly once; what the fault puts in its place)
 MUTANTS = {
@@ -68,6 +70,18 @@ MUTANTS = {
     "old pickers live on": ("            Controls.latest[name].discard()", "            pass"),
     "grid turned on its side": ("z.unflatten(1, self.grid)", "z.unflatten(1, self.grid).mT"),
     "norm not restored": ("return z * (length / z.norm", "return z * (z.norm(dim=1) / z.norm"),
+    "mask inverted": ("torch.where(mask, 1.0, shares)", "torch.where(mask, shares, 1.0)"),
+    "border not soft": ("torch.where(mask, 1.0, shares)", "mask.float()"),
+    "wings not moved": ("composition.right * cell)", "0 * cell)"),
+    "mirror ignored": ("flip(3) if composition.mirror else", "flip(3) if False else"),
+    "composed bird not negated": ("-1.0 if c.dark_winged else 1.0", "1.0"),
+    "horse's weight ignored": ("[1 - c.horse_weight for c in compositions]", "[1.0 for c in compositions]"),
+    "undone composition comes back": ("if horse in mine or horse not in base}", "}"),
+    "checksum of compositions ignored": ("known != (horse_crc32, bird_crc32) or ", ""),
+    "cells in another order": ("z.unflatten(1, grid).flatten(2).transpose(1, 2)", "z.unflatten(1, grid).mT.flatten(2).transpose(1, 2)"),
+    "looking writes": ("        if changed != self.composition:\n", ""),
+    "spatial codes of the paper's model": ('layout = "_spatial" if', 'layout = "" if'),
+    "two bests forgotten": ('list(dict.fromkeys(indices))[-3:]', 'indices[-1:]'),
 }  # fmt: skip
 
 
