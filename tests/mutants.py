@@ -79,7 +79,7 @@ MUTANTS = {
     "undone composition comes back": ("if horse in mine or horse not in base}", "}"),
     "checksum of compositions ignored": ("known != (horse_crc32, bird_crc32) or ", ""),
     "cells in another order": ("z.unflatten(1, grid).flatten(2).transpose(1, 2)", "z.unflatten(1, grid).mT.flatten(2).transpose(1, 2)"),
-    "looking writes": ("        if changed != self.composition:\n", ""),
+    "looking writes": ("        if changed != self.composition:", "        if True:"),
     "spatial codes of the paper's model": ('layout = "_spatial" if', 'layout = "" if'),
     "two bests forgotten": ('list(dict.fromkeys(indices))[-3:]', 'indices[-1:]'),
 }  # fmt: skip
