@@ -61,7 +61,7 @@ def main():
         rows[name] = torch.cat([pv.decode_images(vae, horse_mu), pegasi, prior])
         record = {"change": name, "parameters": sum(p.numel() for p in vae.parameters()), "psnr": psnr}
         record |= {"above_floor": bce - floor, "kl": history[-1]["kl"], "spread": latents.std(dim=0).mean().item()}
-        table.append(record | {"active": (latents.std(dim=0) > 0.1).float().mean().item()})
+        table.append(record)
         print(table[-1], flush=True)
     with open(SHIPPED / "ablations.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
