@@ -308,25 +308,30 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, CUDA {torch.version.cuda}")
 
 # %% [markdown]
-# Figures are saved as PNG in `outputs/` and shown here with a text for those who cannot see them. Most of
-# them are rows of small pictures, so one function draws these.
+# Figures are saved as PNG in `outputs/` and shown here with a text for those who cannot see them, as JPEG, since
+# the notebook would be three times as large otherwise. Most of them are rows of small pictures, so one function
+# draws these.
 
 
 # %%
-def show_figure(figure, name, alt, update=False):
-    """Save a matplotlib figure as <output_dir>/<name>.png, close it, and show it with alt text.
+def show_picture(path, alt, name=None, update=False):
+    """Show the picture in a file with alt text; a script prints its path. update: in place of the one of that name."""
+    if get_ipython() is None:
+        print(f"figure {path}")
+        return
+    content = io.BytesIO()
+    Image.open(path).convert("RGB").save(content, "JPEG", quality=90, subsampling=0)
+    display(Picture(data=content.getvalue(), format="jpeg", alt=alt), display_id=name, update=update)
 
-    update: replace the figure of this name that is already shown. A script prints the path instead.
-    """
+
+def show_figure(figure, name, alt, update=False):
+    """Save a matplotlib figure as <output_dir>/<name>.png, close it, and show it. See show_picture for the rest."""
     path = cfg.output_dir / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
         figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white")
     plt.close(figure)
-    if get_ipython() is None:
-        print(f"figure {path}")
-    else:
-        display(Picture(data=path.read_bytes(), format="png", alt=alt), display_id=name, update=update)
+    show_picture(path, alt, name, update)
 
 
 def show_rows(rows, name, alt, title, update=False):
@@ -2839,9 +2844,8 @@ if __name__ == "__main__":
             for row in csv.DictReader(file):
                 numbers = [float(row[name]) for name in ("parameters", "psnr", "above_floor", "kl", "spread")]
                 print(f"{row['change']:>20} {'{:11,.0f} {:8.2f} {:12.4f} {:6.3f} {:7.2f}'.format(*numbers)}")
-        if in_notebook:
-            alt = "One row for each training: reconstructions of horses, pegasi, and draws from the prior"
-            display(Picture(filename=figure, alt=alt))
+        alt = "One row for each training: reconstructions of horses, pegasi, and draws from the prior"
+        show_picture(figure, alt)
     else:
         print(f"no {table} here: tests/make_ablations.py makes it")
 
