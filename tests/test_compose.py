@@ -109,10 +109,9 @@ def test_each_horse_gets_its_own_composition_whatever_its_neighbours_are(pv, vae
     assert torch.allclose(together, torch.cat(alone), atol=1e-4)
 
 
-@pytest.mark.parametrize("cells", [("####",) * 4, FULL[:7], (*FULL[:7], "###")], ids=["4x4", "7 rows", "ragged"])
-def test_cells_of_another_grid_are_refused(pv, vae, pictures, horse_mu, cells):
+def test_cells_of_another_grid_are_refused(pv, vae, pictures, horse_mu):
     with pytest.raises(ValueError, match="8x8 grid"):
-        pv.compose(vae, horse_mu[:1], pictures[:1], [pv.Composition(bird=0, cells=cells)])
+        pv.compose(vae, horse_mu[:1], pictures[:1], [pv.Composition(bird=0, cells=("####",) * 4)])
 
 
 def place(pv, image, **fields):
@@ -137,6 +136,16 @@ def test_a_bird_is_moved_by_cells_and_its_background_fills_the_rest(pv, pictures
     assert torch.allclose(place(pv, image, right=-8), torch.full_like(image, 60 / 255)), "moved out of the picture"
 
 
+@pytest.mark.parametrize("size", [32, 64, 96])
+@pytest.mark.parametrize("scale", [0.3, 0.7, 1, 2])
+def test_a_bird_can_be_moved_anywhere_and_out_of_the_picture(pv, size, scale):
+    image, cells = torch.rand(3, size, size), ("." * (size // 8),) * (size // 8)
+    for right in (-8, -3.25, 0, 5, 8):
+        for down in (-8, -2, 0.5, 5, 8):
+            placed = pv.place_bird(image, pv.Composition(bird=0, cells=cells, scale=scale, right=right, down=down))
+            assert placed.shape == image.shape and placed.isfinite().all() and 0 <= placed.min() and placed.max() <= 1
+
+
 @pytest.mark.parametrize("scale", [0.3, 0.5, 1.5, 2])
 def test_a_bird_is_scaled_about_the_middle(pv, scale):
     image = torch.full((3, 64, 64), 0.2)
@@ -149,12 +158,22 @@ def test_a_bird_is_scaled_about_the_middle(pv, scale):
 def test_the_cells_of_a_bird_are_those_that_differ_from_its_background(pv, pictures):
     found = pv.bird_cells(pictures[:1], SIDE)[0]
     assert found.nonzero().tolist() == [[2, 1], [2, 2]]
-    guess = pv.first_guess(3, pictures[0], SIDE)
+    guess = pv.first_guess(3, pictures[0], SIDE, True)
     assert guess.mask.any() and guess == pv.guessed_cells(guess, pictures[0])
+    assert guess.bird == 3 and guess.dark_winged and guess.scale < 1 and guess.down < 0, "smaller, above the middle"
+
+
+def test_the_difference_of_images_is_taken_where_the_mask_is_set(pv):
+    one, other, where = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.bool)
+    other[0, :, 1, 2], other[1, :, 0, 0], where[0, 1, 1:3] = 0.5, 0.9, True
+    assert pv.rms_difference(one, other, where) == pytest.approx((0.5**2 / 2) ** 0.5)
 
 
 BAD_FIELDS = {
     "a letter for a cell": {"cells": ("#x",) * 2},
+    "too few rows": {"cells": FULL[:7]},
+    "a short row": {"cells": (*FULL[:7], "###")},
+    "no cells": {"cells": ()},
     "scale 0": {"scale": 0},
     "a weight above 1": {"horse_weight": 1.5},
     "far away": {"right": 9},
@@ -240,6 +259,32 @@ def test_two_notebooks_keep_each_others_compositions(pv, kept, open_file, one, t
     assert open_file().chosen == {3: two, 5: two}
 
 
+def test_two_notebooks_may_change_different_fields_of_one_composition(kept, open_file, one):
+    other = open_file()
+    other.change(3, one.model_copy(update={"scale": 1.1, "cells": FULL}))
+    kept.change(3, one.model_copy(update={"good": False}))
+    assert kept[3] == open_file()[3] == one.model_copy(update={"scale": 1.1, "cells": FULL, "good": False})
+
+
+def test_what_one_changed_stays_though_the_other_takes_it_back(kept, open_file, two):
+    other, changed = open_file(), two.model_copy(update={"scale": 1.1})
+    other.change(5, changed)
+    kept.undo()  # of the change that made composition 5
+    assert open_file()[5] == changed
+
+
+@pytest.mark.parametrize(
+    "horse, fields", [(6, {}), (-1, {}), (True, {}), (0, {"bird": 6}), (0, {"cells": ("##",) * 2})]
+)
+def test_a_composition_that_fits_nothing_is_refused_and_later_ones_are_saved(
+    pv, kept, open_file, one, two, horse, fields
+):
+    with pytest.raises(pv.ReaderError, match="there is no|do not fit"):
+        kept.change(horse, one.model_copy(update=fields))
+    kept.change(0, two)
+    assert kept.failure is None and open_file().chosen == {0: two, 3: one, 5: two}
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": "pegasus_vae compositions", "version": 1}', ""])
 def test_a_damaged_file_is_set_aside_and_nothing_is_lost(open_file, path, content):
     path.write_text(content)
@@ -269,6 +314,8 @@ BAD_ENTRIES = {
     "no such bird": {"bird": 6},
     "another bird": {"bird_crc32": 1},
     "another grid": {"cells": ["####"] * 4},
+    "true for a horse": {"horse": True, "horse_crc32": 1001},
+    "a horse that comes twice": {"horse": 5, "horse_crc32": 1005},
     "a ragged grid": {"cells": [*FULL[:7], "#"]},
     "out of range": {"scale": 7},
     "an unknown field": {"colour": "white"},
@@ -278,9 +325,11 @@ BAD_ENTRIES = {
 @pytest.mark.parametrize("change", [*BAD_ENTRIES.values(), None], ids=[*BAD_ENTRIES, "no composition"])
 def test_a_bad_composition_in_the_file_is_dropped_and_reported_and_the_rest_is_kept(kept, open_file, path, two, change):
     first, second = json.loads(path.read_text())["compositions"]
-    edit(path, compositions=[first | change if change else 7, second])
+    bad = first | change if change else 7
+    edit(path, compositions=[second, bad])
     again = open_file()
-    assert again.chosen == {5: two} and len(again.notes) == 1 and "dropped" in again.notes[0]
+    assert again.chosen == {5: two} and len(again.notes) == 1
+    assert "dropped" in again.notes[0] and str(bad) in again.notes[0], "all of it can be read in the note"
 
 
 def test_a_full_disk_keeps_the_old_file_and_the_next_change_saves_both(kept, open_file, path, one, two):
@@ -367,3 +416,39 @@ def test_an_older_composer_is_closed(kept, open_composer):
     old = open_composer(kept)
     new = open_composer(kept)
     assert old.comm is None and all(box.comm is None for box in old.cells) and new.comm is not None
+
+
+def test_the_pictures_are_those_of_the_horse_that_is_shown(pv, vae, pictures, kept, open_composer):
+    composer = open_composer(kept)
+    composer.buttons["Next"].click()
+    guess = composer.guesses[1]
+    bird = composer.birds.images[1]
+    z = pv.compose(vae, composer.horses.latents[1:2], [bird], [guess])
+    expected = {"horse": pictures[1], "bird": pv.place_bird(bird, guess), "pegasus": pv.decode_images(vae, z)[0]}
+    for name, image in expected.items():
+        assert composer.pictures[name].value == pv.jpeg((pv.as_float(image) * 255).round().byte(), 256), name
+
+
+def test_undo_shows_the_horse_whose_change_was_taken_back(kept, open_composer, two):
+    composer = open_composer(kept)
+    composer.buttons["Next"].click()
+    composer.buttons["Undo"].click()  # of horse 5
+    assert kept[5] is None and composer.horse == 5
+
+
+def test_a_horse_that_cannot_be_shown_does_not_take_the_clicks(kept, open_composer, one, two):
+    composer = open_composer(kept)
+    kept.change(1, one.model_copy(update={"bird": 3}))
+    composer.buttons["Next"].click()
+    assert "bird #3 is new here" in status(composer) and composer.horse == 3
+    composer.fields["mirror"].value = False
+    assert not kept[3].mirror and kept[1].mirror and "is new here" not in status(composer)
+
+
+def test_no_widget_of_an_older_composer_is_left(kept, open_composer):
+    from ipywidgets.widgets.widget import _instances
+
+    open_composer(kept)
+    count = len(_instances)
+    open_composer(kept)
+    assert len(_instances) == count

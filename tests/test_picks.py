@@ -139,6 +139,14 @@ def test_other_parents_make_other_pegasi_so_the_best_is_forgotten(picks, group, 
     assert picks["best"] == [1]
 
 
+@pytest.mark.parametrize("group, index", [("horse", 12), ("bird", -1), ("horse", 1.5)])
+def test_what_is_no_candidate_is_refused_and_later_changes_are_saved(pv, picks, open_picks, group, index):
+    with pytest.raises(pv.ReaderError, match=f"there is no {group} {index}: 0 to 11"):
+        picks.change(group, index, True)
+    picks.change("horse", 0, True)
+    assert picks.failure is None and open_picks()["horse"] == [7, 2, 9, 0]
+
+
 def test_the_latest_three_are_the_best(picks, open_picks):
     for best in (3, 0, 2):
         picks.change("best", best, True)
@@ -297,7 +305,7 @@ def test_a_bad_entry_is_dropped_and_reported_and_the_rest_is_kept(picks, open_pi
     assert len(again.notes) == 1 and "horse" in again.notes[0] and str(entry) in again.notes[0]
 
 
-@pytest.mark.parametrize("index", [[4], "x", [-1], None, 1, [[1]], ["1"]], ids=str)
+@pytest.mark.parametrize("index", [[4], "x", [-1], None, 1, [[1]], ["1"], [1.0], [True]], ids=str)
 def test_a_bad_best_is_dropped_and_reported_and_the_rest_is_kept(picks, open_picks, path, index):
     best = json.loads(path.read_text())["best"]
     edit(path, best={"one": best["one"] | {"indices": index}})  # there are four pegasi, 0 to 3
