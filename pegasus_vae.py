@@ -1825,15 +1825,15 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     torch.manual_seed(cfg.seed)
-    codes = torch.cat([horses.latents, birds.latents])  # (N, latent_dim)
-    length = codes.norm(dim=1).mean()
+    all_codes = torch.cat([horses.latents, birds.latents])  # (N, latent_dim)
+    length = all_codes.norm(dim=1).mean()
     z = torch.randn(16, cfg.latent_dim)
     shorter = z * length / z.norm(dim=1, keepdim=True)
     rows = {"z ~ N(0, I)": decode_images(vae, z), "as long as\nreal codes": decode_images(vae, shorter)}
     alt = "Two rows of sixteen dreamlike soft pictures with blobs before backgrounds, the lower ones paler"
     show_rows(rows, "prior", alt, "Decoded draws from the prior")
     print(f"mean length: draws {z.norm(dim=1).mean():.1f}, posterior means of candidates {length:.1f}")
-    spread = codes.std(dim=0)  # (latent_dim,)
+    spread = all_codes.std(dim=0)  # (latent_dim,)
     print(f"posterior means over candidates: standard deviation {spread.mean():.2f} on average,")
     print(f"{spread.min():.2f} at the least; {(spread > 0.1).sum()} of {cfg.latent_dim} above 0.1")
 
@@ -1842,9 +1842,9 @@ if __name__ == "__main__":
 # nearly twice as long as the mean of a posterior, which leaves room for the noise that is added to it in
 # training; but shortening a draw only fades it. What is missing is how the numbers of a real picture go
 # together: the KL term, mild at $\beta = 0.24$, asks that of no one, and a draw that ignores it is a picture of
-# nothing in particular. This is why the paper does not sample its pegasi from the prior, but starts from real horses and birds. If all
-# draws looked alike, the codes would have collapsed; the lines below the figure count the latent numbers
-# whose posterior mean moves from picture to picture.
+# nothing in particular. This is why the paper does not sample its pegasi from the prior, but starts from real
+# horses and birds. If all draws looked alike, the codes would have collapsed; the lines below the figure count
+# the latent numbers whose posterior mean moves from picture to picture.
 
 # %% [markdown]
 # ## Picking horses and birds
@@ -1855,7 +1855,8 @@ if __name__ == "__main__":
 #
 # This is the only part of the method that needs a person, and the most pleasant one. Picks made by us come
 # with the notebook, so everything runs at once; as soon as you change one, yours are used, and kept in
-# `outputs/picks.json`. Delete that file and run the notebook again to get ours back.
+# `outputs/picks.json`. Delete that file and run the notebook again to get ours back. To see the pictures first,
+# skip to *Pick*: the cells in between build the file and the picker.
 #
 # Without widgets, `picks.change("horse", 606, True)` in a cell does what a click does. In the file, `horse` and
 # `bird` list the `index` of a picture in its class of the test split and the `crc32` of its pixels, and the
@@ -2521,9 +2522,9 @@ def opposition(vae, z):
 
 
 if __name__ == "__main__":
-    mean_code = codes.mean(dim=0).norm()
+    mean_code = all_codes.mean(dim=0).norm()
     print(f"length of the mean code {mean_code:.1f}, mean length of a code {length:.1f}")
-    correlation = opposition(vae, evenly_spread(codes, 512))
+    correlation = opposition(vae, evenly_spread(all_codes, 512))
     strong = (correlation < -0.5).float().mean()
     print(f"correlation of D(z) and D(-z) over {len(correlation)} candidates:")
     print(f"mean {correlation.mean():.2f}, weakest {correlation.max():.2f}; below -0.5 for {strong:.0%}")
