@@ -15,8 +15,8 @@
 # %% [markdown]
 # # Breeding pegasi with a variational autoencoder
 #
-# *Using variational autoencoders as generative models*, a short paper, built, trained, measured, and taken one
-# step further
+# *Using variational autoencoders as generative models*, a short paper, built, trained, measured, and taken
+# one step further
 
 # %%
 from pathlib import Path
@@ -309,8 +309,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Figures are saved as PNG in `outputs/`. Shown here, they carry a text for those who cannot see them, and are
-# JPEG, which makes the notebook a third as large. Most of them are rows of small pictures, so one function draws
-# these.
+# JPEG, which makes the notebook a third as large. Most of them are rows of small pictures, so one function
+# draws these.
 
 
 # %%
@@ -1174,8 +1174,8 @@ if __name__ == "__main__":
 # - Convolutions run in bfloat16 (16-bit numbers with float32's range) where the hardware is made for it;
 #   weights, loss and Adam stay in float32.
 # - Losses stay on the device and are read when a checkpoint is saved, so that the GPU never waits for Python.
-# - On a GPU the forward and backward pass are compiled: neighbouring operations are fused, and a whole pass is
-#   recorded as one CUDA graph, since 64 small pictures are computed faster than Python can ask for them.
+# - On a GPU the forward and backward pass are compiled: neighbouring operations are fused, and a whole pass
+#   is recorded as one CUDA graph, since 64 small pictures are computed faster than Python can ask for them.
 #
 # What each is worth is measured by `tests/benchmark.py`, which starts from the usual pipeline (torchvision's
 # dataset, `DataLoader` with two workers, float32) and takes one step at a time. Base width 32, batch 64, two
@@ -1504,10 +1504,10 @@ class TrainingRun:
 # looks at it between steps. A second process is kept out of the run's folder by a lock, which the operating
 # system releases whenever the first one ends.
 #
-# Several GPUs: `torchrun --nproc-per-node=4 pegasus_vae.py --mode paper` gives each process a quarter of every
-# batch. `DistributedDataParallel` averages their gradients, so that all make the same step. What changes is
-# batch norm: it sees 16 pictures instead of 64, so its statistics are noisier, and those for evaluation are
-# process 0's. Ctrl-C then ends all processes at once; at most a minute is lost.
+# Several GPUs: `torchrun --nproc-per-node=4 pegasus_vae.py --mode paper` gives each process a quarter of
+# every batch. `DistributedDataParallel` averages their gradients, so that all make the same step. What
+# changes is batch norm: it sees 16 pictures instead of 64, so its statistics are noisier, and those for
+# evaluation are process 0's. Ctrl-C then ends all processes at once; at most a minute is lost.
 
 
 # %%
@@ -1716,9 +1716,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # Left and right are the same story told twice: reconstructions get closer to photographs that were never
 # trained on. The middle curve is what the code says about a picture. It must not fall to zero, which would be
-# a code that says nothing; here it rises slowly. PSNR is still rising at the end: ten epochs are not all there
-# is. (It is measured on 512 held-out pictures; the next section takes all of them.) A left curve that turns upward would mean overfitting: the network memorises its
-# training pictures.
+# a code that says nothing; here it rises slowly. PSNR is still rising at the end: ten epochs are not all
+# there is. (It is measured on 512 held-out pictures; the next section takes all of them.) A left curve that
+# turns upward would mean overfitting: the network memorises its training pictures.
 
 # %% [markdown]
 # ## Candidates
@@ -1809,11 +1809,11 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Look for the outline, the pose, and the colours of animal and ground: in most these survive. Thin legs, eyes
-# and feathers do not, and neither does a horse that is drawn or seen from an unusual side. Horses are a decibel
-# worse than the average picture, which has more sky and water in it. Both errors are smallest for the average of all pictures that fit the code, and the average
-# of many sharp legs is one soft leg. If reconstructions showed *another* horse than the original, the code
-# would be too weak; if they were as sharp as the originals, we should suspect that test pictures had been
-# trained on.
+# and feathers do not, and neither does a horse that is drawn or seen from an unusual side. Horses are a
+# decibel worse than the average picture, which has more sky and water in it. Both errors are smallest for the
+# average of all pictures that fit the code, and the average of many sharp legs is one soft leg. If
+# reconstructions showed *another* horse than the original, the code would be too weak; if they were as sharp
+# as the originals, we should suspect that test pictures had been trained on.
 
 # %% [markdown]
 # ## Samples from the prior
@@ -1841,10 +1841,10 @@ if __name__ == "__main__":
 # Patches of colour that fit their neighbours, now and then a ground and a sky, but nothing to name. A draw is
 # nearly twice as long as the mean of a posterior, which leaves room for the noise that is added to it in
 # training; but shortening a draw only fades it. What is missing is how the numbers of a real picture go
-# together: the KL term, mild at $\beta = 0.24$, asks that of no one, and a draw that ignores it is a picture of
-# nothing in particular. This is why the paper does not sample its pegasi from the prior, but starts from real
-# horses and birds. If all draws looked alike, the codes would have collapsed; the lines below the figure count
-# the latent numbers whose posterior mean moves from picture to picture.
+# together: the KL term, mild at $\beta = 0.24$, asks that of no one, and a draw that ignores it is a picture
+# of nothing in particular. This is why the paper does not sample its pegasi from the prior, but starts from
+# real horses and birds. If all draws looked alike, the codes would have collapsed; the lines below the figure
+# count the latent numbers whose posterior mean moves from picture to picture.
 
 # %% [markdown]
 # ## Picking horses and birds
@@ -1855,21 +1855,21 @@ if __name__ == "__main__":
 #
 # This is the only part of the method that needs a person, and the most pleasant one. Picks made by us come
 # with the notebook, so everything runs at once; as soon as you change one, yours are used, and kept in
-# `outputs/picks.json`. Delete that file and run the notebook again to get ours back. To see the pictures first,
-# skip to *Pick*: the cells in between build the file and the picker.
+# `outputs/picks.json`. Delete that file and run the notebook again to get ours back. To see the pictures
+# first, skip to *Pick*: the cells in between build the file and the picker.
 #
-# Without widgets, `picks.change("horse", 606, True)` in a cell does what a click does. In the file, `horse` and
-# `bird` list the `index` of a picture in its class of the test split and the `crc32` of its pixels, and the
-# first horse is mixed with the first bird; `"dark": true` marks a bird to be negated; `best` holds the
+# Without widgets, `picks.change("horse", 606, True)` in a cell does what a click does. In the file, `horse`
+# and `bird` list the `index` of a picture in its class of the test split and the `crc32` of its pixels, and
+# the first horse is mixed with the first bird; `"dark": true` marks a bird to be negated; `best` holds the
 # positions of the best pegasi in the batch, for each model and weight that made one.
 #
 # ### The file of picks
 #
-# Every change is saved at once; undo takes back the latest, in whichever picker it was made. A file that cannot
-# be read is set aside, not overwritten; an entry that does not fit the candidates is dropped and reported. Two
-# open notebooks may share the file: what the other one saved is merged at your next change, as version
-# control merges text, by comparing both sides with what was last known to both. All this has nothing to do
-# with horses, nor with widgets:
+# Every change is saved at once; undo takes back the latest, in whichever picker it was made. A file that
+# cannot be read is set aside, not overwritten; an entry that does not fit the candidates is dropped and
+# reported. Two open notebooks may share the file: what the other one saved is merged at your next change, as
+# version control merges text, by comparing both sides with what was last known to both. All this has nothing
+# to do with horses, nor with widgets:
 
 
 # %%
@@ -2136,9 +2136,9 @@ class PicksFile(KeptFile):
 #
 # Nobody wants to leaf through 1,339 birds. White animals stand out as a bright, nearly grey middle before a
 # darker border; wings as a shape that is much wider than an animal on its legs. Both are crude measures of
-# pixels: of the pictures that we ended up picking, the first brings a good quarter of the horses to the front,
-# the second few of the birds (the figures are printed with the picks). Once you have some, you can sort by
-# likeness to their codes instead.
+# pixels: of the pictures that we ended up picking, the first brings a good quarter of the horses to the
+# front, the second few of the birds (the figures are printed with the picks). Once you have some, you can
+# sort by likeness to their codes instead.
 
 
 # %%
@@ -2650,9 +2650,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # Look for a pale body on legs with something rising from its back. Most are pale shapes with a blur where the
 # bird was. Two runs of a vision-language model, which saw the batch without its parents and without knowing
-# what it was (the rule is given with the composed batch, near the end), found a horse in 25 and 18 of the 64, a
-# wing in 3 and 3, a winged horse in 1 and 0, and a mostly white shape in 33 and 27. That is one or none, where
-# the paper has one or two. If every picture looked like a plain horse, the weight would be too high.
+# what it was (the rule is given with the composed batch, near the end), found a horse in 25 and 18 of the 64,
+# a wing in 3 and 3, a winged horse in 1 and 0, and a mostly white shape in 33 and 27. That is one or none,
+# where the paper has one or two. If every picture looked like a plain horse, the weight would be too high.
 
 # %% [markdown]
 # ### The best three
@@ -2716,17 +2716,16 @@ if __name__ == "__main__":
     show_rows(rows, "sweep", alt, "From bird to horse: weight of the horse below each column", weights)
 
 # %% [markdown]
-# Where the bird itself is well drawn, as in pairs 0, 1 and 5, it is a bird up to 0.4 and
-# from 0.7 on a horse. In between both show at once, as in a double exposure: at 0.6
-# the horse stands, and the bird is a light or a shadow on its back. The paper's weight is just past the
-# change. A row that jumped from one parent to the other would mean that there is nothing in the space
-# between.
+# Where the bird itself is well drawn, as in pairs 0, 1 and 5, it is a bird up to 0.4 and from 0.7 on a horse.
+# In between both show at once, as in a double exposure: at 0.6 the horse stands, and the bird is a light or a
+# shadow on its back. The paper's weight is just past the change. A row that jumped from one parent to the
+# other would mean that there is nothing in the space between.
 
 # %% [markdown]
 # ### The pairing
 #
-# > Choice: our picks are paired by pose, 51 of 64 face the same way. Why: the paper does not say how it pairs,
-# > and a wing should point backwards.
+# > Choice: our picks are paired by pose, 51 of 64 face the same way. Why: the paper does not say how it
+# > pairs, and a wing should point backwards.
 #
 # Does it matter? The same horses, each with another of the birds, drawn at random:
 
@@ -2747,9 +2746,9 @@ if __name__ == "__main__":
     show_rows(rows, "pairing", alt, "Does the pairing matter?")
 
 # %% [markdown]
-# The codes of horse and bird point in nearly unrelated directions either way. So numbers hardly tell the two rows apart, and the pairing is
-# for the eye: where bird and horse face the same way, a light shape over the back can be taken for a wing.
-# Were a row much greyer than the other, its pairs would cancel each other.
+# The codes of horse and bird point in nearly unrelated directions either way. So numbers hardly tell the two
+# rows apart, and the pairing is for the eye: where bird and horse face the same way, a light shape over the
+# back can be taken for a wing. Were a row much greyer than the other, its pairs would cancel each other.
 
 # %% [markdown]
 # ### White, and different from each other
@@ -2790,12 +2789,12 @@ if __name__ == "__main__":
     show_figure(figure, "whiteness", "Box plots of whiteness for horses, picks, reconstructions and pegasi")
 
 # %% [markdown]
-# Read the boxes from top to bottom: picking made the horses whiter, and mixing kept that. By this measure most
-# pegasi are pale. Whether an animal is *white* is another question; our judges said so of 33 and 27 of the 64,
-# about half, and the paper's "nearly all" does not hold here. Diversity must be compared with that of the
-# reconstructions, since blur alone brings pictures closer together: 0.200 against 0.268 for the reconstructed
-# horses, a quarter less, of which stretching gives nearly all back. A batch in which all were alike would
-# show near 0.
+# Read the boxes from top to bottom: picking made the horses whiter, and mixing kept that. By this measure
+# most pegasi are pale. Whether an animal is *white* is another question; our judges said so of 33 and 27 of
+# the 64, about half, and the paper's "nearly all" does not hold here. Diversity must be compared with that of
+# the reconstructions, since blur alone brings pictures closer together: 0.200 against 0.268 for the
+# reconstructed horses, a quarter less, of which stretching gives nearly all back. A batch in which all were
+# alike would show near 0.
 
 # %% [markdown]
 # ### Copied, or new?
@@ -2842,20 +2841,20 @@ if __name__ == "__main__":
     print(f"rms distance to the nearest picture by pixels: {rms.min():.3f} to {rms.max():.3f}")
 
 # %% [markdown]
-# Most of the nearest by pixels share a pegasus's ground and its pale middle, a few also the stance of an animal
-# on four legs, as any photograph of a pale animal would. By code, some are horses or deer, others plain
-# pictures of sea or sky: their codes are short, and so are those of mixtures. None is the pegasus itself, only
-# sharper; then the batch would be a collage of what was memorised.
+# Most of the nearest by pixels share a pegasus's ground and its pale middle, a few also the stance of an
+# animal on four legs, as any photograph of a pale animal would. By code, some are horses or deer, others
+# plain pictures of sea or sky: their codes are short, and so are those of mixtures. None is the pegasus
+# itself, only sharper; then the batch would be a collage of what was memorised.
 
 # %% [markdown]
 # ## What to change first
 #
 # Eight small trainings answer what the settings do: the recipe, and seven runs in which one setting differs.
 # `tests/make_ablations.py` trains them on the same budget, far below that of the shipped weights: base width
-# 32, two epochs over 20,000 of the photographs, learning rate annealed. So compare the rows with each
-# other, and not with the figures above. *Above floor* is BCE less its floor, KL in nats a latent number,
-# *spread* the standard deviation of the posterior means over the test split, which would be 1 if they were
-# distributed like the prior and certain.
+# 32, two epochs over 20,000 of the photographs, learning rate annealed. So compare the rows with each other,
+# and not with the figures above. *Above floor* is BCE less its floor, KL in nats a latent number, *spread*
+# the standard deviation of the posterior means over the test split, which would be 1 if they were distributed
+# like the prior and certain.
 
 # %%
 if __name__ == "__main__":
@@ -2872,10 +2871,11 @@ if __name__ == "__main__":
         print(f"no {table} here: tests/make_ablations.py makes it")
 
 # %% [markdown]
-# Change the *layout* first: with 8 numbers in each of 8x8 cells instead of 512 in one place, a sixteenth of the
-# parameters gain 5 dB. The next chapter is about that. Then the KL weight: less of it gives up to half a decibel,
-# and draws from the prior turn into green fog; at 0.1 reconstructions go grey. A quarter of the numbers, 128,
-# costs half a decibel and gives the most orderly draws. One seed each: a tenth of a decibel means nothing.
+# Change the *layout* first: with 8 numbers in each of 8x8 cells instead of 512 in one place, a sixteenth of
+# the parameters gain 5 dB. The next chapter is about that. Then the KL weight: less of it gives up to half a
+# decibel, and draws from the prior turn into green fog; at 0.1 reconstructions go grey. A quarter of the
+# numbers, 128, costs half a decibel and gives the most orderly draws. One seed each: a tenth of a decibel
+# means nothing.
 #
 # > **Paper.** More blocks may improve the reconstructions. At this budget they spoil them, by 1.4 and 2.7 dB,
 # > perhaps because the added blocks have a convolution on their shortcut too, so that nothing passes them
@@ -2887,12 +2887,12 @@ if __name__ == "__main__":
 # The paper ends on two limits: blur, and chance, which makes one or two pegasi of 64. This chapter takes one
 # after the other.
 #
-# The encoder's last step is a 4x4 convolution that folds all places into one: whatever was known about *where*
-# must be written into numbers that each describe the whole picture, and the decoder has to unfold them again.
-# Now keep 512 numbers and leave them where they were found: 8 numbers in each cell of an 8x8 grid. The encoder
-# stops one stage earlier, the decoder starts one stage later, and a 1x1 convolution gives each cell its means
-# and log-variances. Blocks and loss stay what they are, and there are as many numbers as before, so $\beta$ is
-# the same. In `Config` this is `latent_size`.
+# The encoder's last step is a 4x4 convolution that folds all places into one: whatever was known about
+# *where* must be written into numbers that each describe the whole picture, and the decoder has to unfold
+# them again. Now keep 512 numbers and leave them where they were found: 8 numbers in each cell of an 8x8
+# grid. The encoder stops one stage earlier, the decoder starts one stage later, and a 1x1 convolution gives
+# each cell its means and log-variances. Blocks and loss stay what they are, and there are as many numbers as
+# before, so $\beta$ is the same. In `Config` this is `latent_size`.
 
 
 # %%
@@ -2978,12 +2978,11 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # With a tenth of the parameters and the same ten epochs, the code says more about the picture, 0.63 nats a
-# number instead of 0.39, and the reconstruction error is less than half: 28.7 against 24.9 dB. Legs, necks and
-# the edge of a spread wing are back; eyes and hair are not. If the rows looked alike, place would not have
-# been what the paper's code lacked. (It may not be all that it lacked: the smaller network is also easier to
-# train, and deeper ones did worse in the table before. The speeds are medians of runs that shared the machine with other work;
-# alone on it, the grid trains twice as fast, see the
-# model card.)
+# number instead of 0.39, and the reconstruction error is less than half: 28.7 against 24.9 dB. Legs, necks
+# and the edge of a spread wing are back; eyes and hair are not. If the rows looked alike, place would not
+# have been what the paper's code lacked. (It may not be all that it lacked: the smaller network is also
+# easier to train, and deeper ones did worse in the table before. The speeds are medians of runs that shared
+# the machine with other work; alone on it, the grid trains twice as fast, see the model card.)
 #
 # Is it also the better *generator*? Draw from the prior:
 
@@ -3049,9 +3048,9 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # As before, the plain mixture loses contrast, 0.137 where the horses have 0.195, and each remedy brings it
-# back, 0.18 to 0.19; whether whole codes are stretched or single cells makes little difference. The horses are
-# crisp now, and pale. But look for wings: where the bird was, there is a light or a shadow on the horse, and
-# no more. The batch by the paper's recipe, stretched:
+# back, 0.18 to 0.19; whether whole codes are stretched or single cells makes little difference. The horses
+# are crisp now, and pale. But look for wings: where the bird was, there is a light or a shadow on the horse,
+# and no more. The batch by the paper's recipe, stretched:
 
 # %%
 if __name__ == "__main__":
@@ -3081,10 +3080,10 @@ if __name__ == "__main__":
     show_rows(rows, "spatial_sweep", alt, "Spatial codes: weight of the horse below each column", weights)
 
 # %% [markdown]
-# A tenth of the way from one to the other, in either layout: mixing codes is little more than mixing pictures,
-# and a cross-fade moves no wing to where it belongs. Somebody has to. Before that, one thing more that a grid
-# allows: the sign can be flipped
-# where the bird is and nowhere else. A bird's cells are those in which its picture differs from its background.
+# A tenth of the way from one to the other, in either layout: mixing codes is little more than mixing
+# pictures, and a cross-fade moves no wing to where it belongs. Somebody has to. Before that, one thing more
+# that a grid allows: the sign can be flipped where the bird is and nowhere else. A bird's cells are those in
+# which its picture differs from its background.
 
 
 # %%
@@ -3118,15 +3117,16 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # As a whole, $-z$ is about as good a negative as it was with the paper's code. In the bird's cells alone it
-# keeps the sky, which changes an eighth as much as the rest, and tears the bird: a cell on its outline holds bird *and* sky, and both are negated, while the cell
-# beside it is not. So negate a bird as a whole, and choose afterwards which cells of it to use.
+# keeps the sky, which changes an eighth as much as the rest, and tears the bird: a cell on its outline holds
+# bird *and* sky, and both are negated, while the cell beside it is not. So negate a bird as a whole, and
+# choose afterwards which cells of it to use.
 
 # %% [markdown]
 # ### The wing composer
 #
-# A code that keeps its place can be edited where the wings go. A *composition* says how: make the bird smaller
-# or larger, mirror it, move it until its wings stand on the horse's back, negate its code if the wings are
-# dark, and take the cells of the wings from the bird and all others from the horse,
+# A code that keeps its place can be edited where the wings go. A *composition* says how: make the bird
+# smaller or larger, mirror it, move it until its wings stand on the horse's back, negate its code if the
+# wings are dark, and take the cells of the wings from the bird and all others from the horse,
 #
 # $$z_c = z_{\text{horse}, c} + m_c \, (1 - w) \, (\pm z_{\text{bird}, c} - z_{\text{horse}, c}),$$
 #
@@ -3327,8 +3327,8 @@ class CompositionsFile(KeptFile):
 
 
 # %% [markdown]
-# Where a horse has no composition yet, a first guess stands in: the bird it was paired with, somewhat smaller,
-# above the middle, and of it the cells that differ from the bird's background.
+# Where a horse has no composition yet, a first guess stands in: the bird it was paired with, somewhat
+# smaller, above the middle, and of it the cells that differ from the bird's background.
 
 
 # %%
@@ -3517,10 +3517,10 @@ if __name__ == "__main__":
     )
 
 # %% [markdown]
-# *Previous* and *Next* go from horse to horse. Choose a bird, then move and scale it with the sliders (or type
-# the number beside one) until its wings stand on the horse's back: the middle picture shows where it is. Tick
-# the cells of the wings; *Guess* ticks all that show the bird, *Clear* none. *horse weight* lets the horse
-# shine through, *good* marks the best. The picture on the right follows, and every change is saved.
+# *Previous* and *Next* go from horse to horse. Choose a bird, then move and scale it with the sliders (or
+# type the number beside one) until its wings stand on the horse's back: the middle picture shows where it is.
+# Tick the cells of the wings; *Guess* ticks all that show the bird, *Clear* none. *horse weight* lets the
+# horse shine through, *good* marks the best. The picture on the right follows, and every change is saved.
 
 
 # %%
@@ -3531,9 +3531,9 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # The shipped 64, one for each picked horse, use the wings of seven of the picked birds: four dark ones on the
-# wing that come out white, and three white ones, one with a raised wing and two perching, whose slender bodies
-# pass for wings. All have horse weight 0. They were chosen from contact sheets of thirteen such shapes on every
-# horse (the model card tells how). To draw them again takes no widget:
+# wing that come out white, and three white ones, one with a raised wing and two perching, whose slender
+# bodies pass for wings. All have horse weight 0. They were chosen from contact sheets of thirteen such shapes
+# on every horse (the model card tells how). To draw them again takes no widget:
 
 # %%
 if __name__ == "__main__":
@@ -3555,15 +3555,15 @@ if __name__ == "__main__":
     show_rows({"": large[:6], " ": large[6:]}, "composed_best", alt, title)
 
 # %% [markdown]
-# Pale horses with a wing on the back. Seams show as a brown haze where a negated sky came along, as beside the
-# wing of number 14, as a bright disc where a bird's body covers the shoulder, as in number 0, and as a dark gap
-# under a wing that stands on nothing. Where the horse is cut by the upper edge, there was no room.
+# Pale horses with a wing on the back. Seams show as a brown haze where a negated sky came along, as beside
+# the wing of number 14, as a bright disc where a bird's body covers the shoulder, as in number 0, and as a
+# dark gap under a wing that stands on nothing. Where the horse is cut by the upper edge, there was no room.
 #
 # How many of them read as winged horses at once? The judges, two runs of a vision-language model, saw four
-# batches of 64 in shuffled order, did not know which was which, and answered four questions about each picture.
-# *Horse*: at a glance, a horse or a horse-like animal with body, legs, neck and head. *Wing*: at least one shape
-# that reads as a wing. *Winged horse*: both, the wing growing from back or shoulder. *White*: the main animal or
-# shape is mostly white or very pale. In doubt, no.
+# batches of 64 in shuffled order, did not know which was which, and answered four questions about each
+# picture. *Horse*: at a glance, a horse or a horse-like animal with body, legs, neck and head. *Wing*: at
+# least one shape that reads as a wing. *Winged horse*: both, the wing growing from back or shoulder. *White*:
+# the main animal or shape is mostly white or very pale. In doubt, no.
 #
 # | of 64, by each judge | horse | wing | winged horse | white |
 # |---|---|---|---|---|
@@ -3572,17 +3572,17 @@ if __name__ == "__main__":
 # | composed | 46, 46 | 60, 57 | **42, 40** | 52, 44 |
 # | picked horses, reconstructed from spatial codes | 56, 54 | 0, 0 | 0, 0 | 54, 50 |
 #
-# They agree on 39 winged horses among the composed ones; 36 and 30 of those that each found are white too. The
-# twelve above were chosen from the lists of the most convincing that the judges made. The last row is the
+# They agree on 39 winged horses among the composed ones; 36 and 30 of those that each found are white too.
+# The twelve above were chosen from the lists of the most convincing that the judges made. The last row is the
 # control: where there are no wings, the judges saw none. No person has counted.
 
 # %% [markdown]
 # ### What is generated, and what is copied
 #
-# This is latent collage, guided by hand. Every pixel comes out of the decoder, and nobody drew a wing; but which
-# bird, how large, where, and which cells of it, was decided 64 times from outside. So measure how much of a
-# composed pegasus is one of its parents, and how much would be there if we had pasted the drawn bird into the
-# drawn horse, pixel by pixel with the same soft mask, and left the codes alone:
+# This is latent collage, guided by hand. Every pixel comes out of the decoder, and nobody drew a wing; but
+# which bird, how large, where, and which cells of it, was decided 64 times from outside. So measure how much
+# of a composed pegasus is one of its parents, and how much would be there if we had pasted the drawn bird
+# into the drawn horse, pixel by pixel with the same soft mask, and left the codes alone:
 
 
 # %%
@@ -3622,41 +3622,43 @@ if __name__ == "__main__":
 # %% [markdown]
 # Away from the chosen cells a pegasus is its horse as the network draws it, 0.014 apart and as near to the
 # photograph as any reconstruction. In them it is close to the drawn bird, 0.133 where the parents lie 0.395
-# apart; beside them it is still mostly the horse. And pasting pixels gives nearly the same. What the codes add
-# is seen in what the second row lacks: the brown that came with a negated sky is mostly gone (numbers 2, 5 and
-# 14), and wing and back are one white surface instead of a cut-out on a horse (1, 9 and 19). That is worth
-# having, and it is retouching, not imagination.
+# apart; beside them it is still mostly the horse. And pasting pixels gives nearly the same. What the codes
+# add is seen in what the second row lacks: the brown that came with a negated sky is mostly gone (numbers 2,
+# 5 and 14), and wing and back are one white surface instead of a cut-out on a horse (1, 9 and 19). That is
+# worth having, and it is retouching, not imagination.
 #
-# Nor is a pegasus a training photograph: the nearest have its colours, at best a pale animal in the same stance
-# (1, 9 and 14), at distances from 0.12 on, as in the paper's batch. The paper's method is the opposite of this
-# one. It mixes everything everywhere, lets nobody interfere, and gets one winged horse of 64 at most.
+# Nor is a pegasus a training photograph: the nearest have its colours, at best a pale animal in the same
+# stance (1, 9 and 14), at distances from 0.12 on, as in the paper's batch. The paper's method is the opposite
+# of this one. It mixes everything everywhere, lets nobody interfere, and gets one winged horse of 64 at most.
 #
 # What would it take to learn the rest? A *conditional subspace* VAE [4] reserves a few latent numbers for a
-# labelled feature and makes all others independent of it. With the label *wings*, and on a grid, those numbers
-# could say in which cells there are some. But the label must come from pictures, and of horses there are none
-# with wings: such a model would have to learn from birds that wings go with a back, which is what the person
-# at the composer knows.
+# labelled feature and makes all others independent of it. With the label *wings*, and on a grid, those
+# numbers could say in which cells there are some. But the label must come from pictures, and of horses there
+# are none with wings: such a model would have to learn from birds that wings go with a back, which is what
+# the person at the composer knows.
 
 # %% [markdown]
 # ## Limits
 #
 # - **Blur.** 512 numbers in one place do not carry feathers, and legs only now and then; a pixel-wise loss
-#   averages over what is missing. The paper hopes for deeper stacks, which at our small budget made it worse. A
-#   code that keeps its place helps; a loss that sees texture should.
+#   averages over what is missing. The paper hopes for deeper stacks, which at our small budget made it worse.
+#   A code that keeps its place helps; a loss that sees texture should.
 # - **Wings.** The bird's wings are mixed in where they are in *its* picture. Only by luck is that the horse's
 #   back. The composer needs no luck, but a person; and in 33 of our 64 compositions the wing is the body of a
 #   perching bird.
-# - **Interpolation.** Mixing two codes, in either layout, is within a tenth of the way of a cross-fade of the two
-#   pictures. Whatever the mixtures show beyond a double exposure is little.
+# - **Interpolation.** Mixing two codes, in either layout, is within a tenth of the way of a cross-fade of the
+#   two pictures. Whatever the mixtures show beyond a double exposure is little.
 # - **The sign.** Negation flips the background with the wings, and where the mask is wider than the wing, it
 #   shows as a brown cloud.
 # - **The prior.** Neither layout draws a horse from $\mathcal N(0, I)$; the spatial one draws quilts.
-# - **Training.** Ten epochs of 60,522 photographs are 0.6 of the paper's 10.5 million images. One seed, no GPU.
+# - **Training.** Ten epochs of 60,522 photographs are 0.6 of the paper's 10.5 million images. One seed, no
+#   GPU.
 # - **The data.** Five in six of the training photographs were 32 pixels wide and cannot teach detail. And a
 #   horse that is white, whole and alone is rare: of our 64 picks, 35 are white, 20 light grey and 9 cream, by
 #   eye.
-# - **Meaning.** We did not look for a latent number that stands for *wings* or for *white*. A conditional subspace VAE [4] reserves
-#   some numbers for labelled features, so that wings could be switched on; exercise 5 is a step that way.
+# - **Meaning.** We did not look for a latent number that stands for *wings* or for *white*. A conditional
+#   subspace VAE [4] reserves some numbers for labelled features, so that wings could be switched on; exercise
+#   5 is a step that way.
 # - **Judging.** Whiteness and distances can be computed, "looks like a pegasus" cannot. Two runs of one model
 #   may share their mistakes, and it also chose the picks and the compositions.
 #
@@ -3688,22 +3690,22 @@ if __name__ == "__main__":
 #    pairs profit, and can you see why in the sweep?
 # 2. Encode each bird also mirrored (`images.flip(3)`) and take, for each pair, the version nearer to the
 #    horse's code. How does the count of convincing pegasi change?
-# 3. In the table of small trainings, find by two or three more (`--kl-weight`, `--run-name`, `--base-channels 32
-#    --max-images 20000 --epochs 2`, some minutes each) where the draws from the prior turn to fog, and whether
-#    the spread of the means tells you so before you look.
-# 4. Train with `--blocks-per-stage 2` and a new run name for as long as you can wait, and compare PSNR at equal
-#    *time* and at equal *epochs*. Then give the added blocks a shortcut without a convolution. Was the paper's
-#    hope right?
+# 3. In the table of small trainings, find by two or three more (`--kl-weight`, `--run-name`,
+#    `--base-channels 32 --max-images 20000 --epochs 2`, some minutes each) where the draws from the prior
+#    turn to fog, and whether the spread of the means tells you so before you look.
+# 4. Train with `--blocks-per-stage 2` and a new run name for as long as you can wait, and compare PSNR at
+#    equal *time* and at equal *epochs*. Then give the added blocks a shortcut without a convolution. Was the
+#    paper's hope right?
 # 5. Negate only the direction in which dark-winged and light-winged birds differ (the difference of their
 #    mean codes) instead of the whole code. What happens to the background?
-# 6. With `--latent-size 4 --run-name coarse` the encoder keeps 32 numbers in each of 16 cells. Train it and place
-#    it in the table of layouts: is the grid as such what helps, or its fineness? Which draws from the prior are
-#    the best?
+# 6. With `--latent-size 4 --run-name coarse` the encoder keeps 32 numbers in each of 16 cells. Train it and
+#    place it in the table of layouts: is the grid as such what helps, or its fineness? Which draws from the
+#    prior are the best?
 # 7. Write a function that finds `right` and `down` by itself: try all shifts, and take the one whose composed
-#    code, decoded and encoded again, comes back most nearly unchanged. Why might that prefer a wing that blends
-#    into the horse, and what would you add to the score?
-# 8. Add up, over all picked birds, the spatial code of wing cells less that of the sky beside them. Is there a
-#    direction that means *feathers*, and what happens if you add it to the cells behind a horse's shoulder?
+#    code, decoded and encoded again, comes back most nearly unchanged. Why might that prefer a wing that
+#    blends into the horse, and what would you add to the score?
+# 8. Add up, over all picked birds, the spatial code of wing cells less that of the sky beside them. Is there
+#    a direction that means *feathers*, and what happens if you add it to the cells behind a horse's shoulder?
 # 9. Replace the posterior mean by draws from the posterior, sixteen for one pair. What varies, and is it what
 #    you would call detail?
 #
