@@ -63,7 +63,7 @@ if __name__ == "__main__" and get_ipython() and Path("checkpoints/pegasus.png").
 # |---|---|---|---|
 # | `demo` (default) | none needed; originals are shown wherever a data folder is present | none, the weights are here | the first five minutes |
 # | `smoke` | a tiny data set drawn by the tests | real, a few steps | `pytest` |
-# | `paper` | STL-10, downloaded for you (2.6 GB), or your own image folder | the paper's recipe | a GPU |
+# | `paper` | STL-10, downloaded for you (2.6 GB), or your own image folder | the paper's recipe, then the last chapter's | a GPU |
 #
 # In Jupyter, a setting is an environment variable: write `%env PEGASUS_MODE=paper` into a new cell at the
 # top, or set it before you start Jupyter. As a script, the same settings are flags:
@@ -3623,8 +3623,8 @@ if __name__ == "__main__":
 # Away from the chosen cells a pegasus is its horse as the network draws it, 0.014 apart and as near to the
 # photograph as any reconstruction. In them it is close to the drawn bird, 0.133 where the parents lie 0.395
 # apart; beside them it is still mostly the horse. And pasting pixels gives nearly the same. What the codes
-# add is seen in what the second row lacks: the brown that came with a negated sky is mostly gone (numbers 2,
-# 5 and 14), and wing and back are one white surface instead of a cut-out on a horse (1, 9 and 19). That is
+# add is seen against the second row: the brown that came with a negated sky is mostly gone (numbers 2, 5 and
+# 14), and wing and back are one white surface instead of a cut-out on a horse (1, 9 and 19). That is
 # worth having, and it is retouching, not imagination.
 #
 # Nor is a pegasus a training photograph: the nearest have its colours, at best a pale animal in the same
@@ -3651,8 +3651,8 @@ if __name__ == "__main__":
 # - **The sign.** Negation flips the background with the wings, and where the mask is wider than the wing, it
 #   shows as a brown cloud.
 # - **The prior.** Neither layout draws a horse from $\mathcal N(0, I)$; the spatial one draws quilts.
-# - **Training.** Ten epochs of 60,522 photographs are 0.6 of the paper's 10.5 million images. One seed, no
-#   GPU.
+# - **Training.** Ten epochs of 60,522 photographs are 0.6 million images, where the paper has 10.5 million. One
+#   seed, no GPU.
 # - **The data.** Five in six of the training photographs were 32 pixels wide and cannot teach detail. And a
 #   horse that is white, whole and alone is rare: of our 64 picks, 35 are white, 20 light grey and 9 cream, by
 #   eye.
@@ -3690,15 +3690,15 @@ if __name__ == "__main__":
 #    pairs profit, and can you see why in the sweep?
 # 2. Encode each bird also mirrored (`images.flip(3)`) and take, for each pair, the version nearer to the
 #    horse's code. How does the count of convincing pegasi change?
-# 3. In the table of small trainings, find by two or three more (`--kl-weight`, `--run-name`,
-#    `--base-channels 32 --max-images 20000 --epochs 2`, some minutes each) where the draws from the prior
+# 3. In the table of small trainings, find by two or three more (`--mode paper --kl-weight 0.003 --run-name k3
+#    --base-channels 32 --max-images 20000 --epochs 2`, some minutes each) where the draws from the prior
 #    turn to fog, and whether the spread of the means tells you so before you look.
 # 4. Train with `--blocks-per-stage 2` and a new run name for as long as you can wait, and compare PSNR at
 #    equal *time* and at equal *epochs*. Then give the added blocks a shortcut without a convolution. Was the
 #    paper's hope right?
 # 5. Negate only the direction in which dark-winged and light-winged birds differ (the difference of their
 #    mean codes) instead of the whole code. What happens to the background?
-# 6. With `--latent-size 4 --run-name coarse` the encoder keeps 32 numbers in each of 16 cells. Train it and
+# 6. With `--mode paper --latent-size 4 --run-name coarse` the encoder keeps 32 numbers in each of 16 cells. Train it and
 #    place it in the table of layouts: is the grid as such what helps, or its fineness? Which draws from the
 #    prior are the best?
 # 7. Write a function that finds `right` and `down` by itself: try all shifts, and take the one whose composed
