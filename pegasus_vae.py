@@ -315,7 +315,10 @@ if __name__ == "__main__":
 
 # %%
 def show_picture(path, alt, name=None, update=False):
-    """Show the picture in a file with alt text; a script prints its path. update: in place of the one of that name."""
+    """Show the picture in a file with alt text, or print its path in a script.
+
+    update: replace the picture of this name that is already shown.
+    """
     if get_ipython() is None:
         print(f"figure {path}")
         return
@@ -1676,7 +1679,9 @@ if __name__ == "__main__":
         vae, info = load_checkpoint(cfg.checkpoint_dir / "pegasus_vae.safetensors")
         history = read_history(cfg.checkpoint_dir / "history.csv")
         shape = ("image_size", "base_channels", "latent_dim", "blocks_per_stage")
-        cfg = cfg.model_copy(update={field: info["recipe"][field] for field in shape} | {"latent_size": 1})
+        cfg = cfg.model_copy(
+            update={field: info["recipe"][field] for field in shape} | {"latent_size": vae.decoder.grid[1]}
+        )
         trained = f"{info['data']}, {info['recipe']['epochs']} epochs, {info['device']}"
         print(f"shipped weights, trained on {trained}")
     else:
@@ -1810,10 +1815,10 @@ if __name__ == "__main__":
 # %% [markdown]
 # Look for the outline, the pose, and the colours of animal and ground: in most these survive. Thin legs, eyes
 # and feathers do not, and neither does a horse that is drawn or seen from an unusual side. Horses are a
-# decibel worse than the average picture, which has more sky and water in it. Both errors are smallest for the
-# average of all pictures that fit the code, and the average of many sharp legs is one soft leg. If
-# reconstructions showed *another* horse than the original, the code would be too weak; if they were as sharp
-# as the originals, we should suspect that test pictures had been trained on.
+# decibel worse than the average picture; it may be the legs. Both errors are smallest for the average of all
+# pictures that fit the code, and the average of many sharp legs is one soft leg. If reconstructions showed
+# *another* horse than the original, the code would be too weak; if they were as sharp as the originals, we
+# should suspect that test pictures had been trained on.
 
 # %% [markdown]
 # ## Samples from the prior
@@ -1990,7 +1995,8 @@ class PicksFile(KeptFile):
     which alone the best pegasi are remembered.
 
     picks["horse"] and picks["bird"] are candidate indices in the order of picking, picks["dark"] those of
-    picked birds with dark wings, picks["best"] the positions of up to three best pegasi in the batch, the best one last.
+    picked birds with dark wings, picks["best"] the positions of up to three best pegasi in the batch, the
+    best one last.
     """
 
     SCHEMA, VERSION, LISTS = "pegasus_vae picks", 1, ("horse", "bird")
@@ -2729,7 +2735,13 @@ if __name__ == "__main__":
 #
 # Does it matter? The same horses, each with another of the birds, drawn at random:
 
+
 # %%
+def contrast(images):
+    """Standard deviation of the brightness over the pixels, averaged over images (N, 3, H, W); a float."""
+    return images.mean(dim=1).std(dim=(1, 2)).mean().item()
+
+
 if __name__ == "__main__":
     shuffled = torch.randperm(len(bird_mu), generator=torch.Generator().manual_seed(cfg.seed))
     other_birds = bird_mu[shuffled], dark_winged[shuffled]
@@ -2739,8 +2751,9 @@ if __name__ == "__main__":
         ("at random", signed_mu[shuffled], pegasi_random),
     ):
         likeness = F.cosine_similarity(horse_mu, birds_mu, dim=1).mean()
-        contrast = images.mean(dim=1).std(dim=(1, 2)).mean()  # of brightness, over pixels
-        print(f"{name:>9}: likeness of horse and bird {likeness:+.3f}, contrast of the pegasi {contrast:.3f}")
+        print(
+            f"{name:>9}: likeness of horse and bird {likeness:+.3f}, contrast of pegasi {contrast(images):.3f}"
+        )
     rows = {"paired\nby pose": pegasi[:16], "paired\nat random": pegasi_random[:16]}
     alt = "Sixteen pegasi of horses and birds paired by pose, above the same horses with other birds"
     show_rows(rows, "pairing", alt, "Does the pairing matter?")
@@ -3038,9 +3051,8 @@ if __name__ == "__main__":
         "paper,\nstretched": pegasi_stretched,
     }
     for name, images in (references | mixed).items():
-        contrast = images.mean(dim=1).std(dim=(1, 2)).mean()  # of brightness, over pixels
         name = name.replace("\n", " ")
-        print(f"{name:>17}: contrast {contrast:.3f}, whiteness {whiteness(images).mean():.2f}")
+        print(f"{name:>17}: contrast {contrast(images):.3f}, whiteness {whiteness(images).mean():.2f}")
     rows = {"horse": spatial_horses.images[:12], "bird": spatial_birds.images[:12]}
     rows |= {name: images[:12] for name, images in mixed.items()}
     alt = "Twelve pairs of horse and bird and five kinds of mixtures of their spatial codes"
@@ -3624,8 +3636,8 @@ if __name__ == "__main__":
 # photograph as any reconstruction. In them it is close to the drawn bird, 0.133 where the parents lie 0.395
 # apart; beside them it is still mostly the horse. And pasting pixels gives nearly the same. What the codes
 # add is seen against the second row: the brown that came with a negated sky is mostly gone (numbers 2, 5 and
-# 14), and wing and back are one white surface instead of a cut-out on a horse (1, 9 and 19). That is
-# worth having, and it is retouching, not imagination.
+# 14), and wing and back are one white surface instead of a cut-out on a horse (1, 9 and 19). That is worth
+# having, and it is retouching, not imagination.
 #
 # Nor is a pegasus a training photograph: the nearest have its colours, at best a pale animal in the same
 # stance (1, 9 and 14), at distances from 0.12 on, as in the paper's batch. The paper's method is the opposite
@@ -3651,8 +3663,8 @@ if __name__ == "__main__":
 # - **The sign.** Negation flips the background with the wings, and where the mask is wider than the wing, it
 #   shows as a brown cloud.
 # - **The prior.** Neither layout draws a horse from $\mathcal N(0, I)$; the spatial one draws quilts.
-# - **Training.** Ten epochs of 60,522 photographs are 0.6 million images, where the paper has 10.5 million. One
-#   seed, no GPU.
+# - **Training.** Ten epochs of 60,522 photographs are 0.6 million images, where the paper has 10.5 million.
+#   One seed, no GPU.
 # - **The data.** Five in six of the training photographs were 32 pixels wide and cannot teach detail. And a
 #   horse that is white, whole and alone is rare: of our 64 picks, 35 are white, 20 light grey and 9 cream, by
 #   eye.
@@ -3690,17 +3702,18 @@ if __name__ == "__main__":
 #    pairs profit, and can you see why in the sweep?
 # 2. Encode each bird also mirrored (`images.flip(3)`) and take, for each pair, the version nearer to the
 #    horse's code. How does the count of convincing pegasi change?
-# 3. In the table of small trainings, find by two or three more (`--mode paper --kl-weight 0.003 --run-name k3
-#    --base-channels 32 --max-images 20000 --epochs 2`, some minutes each) where the draws from the prior
-#    turn to fog, and whether the spread of the means tells you so before you look.
+# 3. In the table of small trainings, find by two or three more
+#    (`--mode paper --kl-weight 0.003 --run-name k3 --base-channels 32 --max-images 20000 --epochs 2`, some
+#    minutes each) where the draws from the prior turn to fog, and whether the spread of the means tells you
+#    so before you look.
 # 4. Train with `--blocks-per-stage 2` and a new run name for as long as you can wait, and compare PSNR at
 #    equal *time* and at equal *epochs*. Then give the added blocks a shortcut without a convolution. Was the
 #    paper's hope right?
 # 5. Negate only the direction in which dark-winged and light-winged birds differ (the difference of their
 #    mean codes) instead of the whole code. What happens to the background?
-# 6. With `--mode paper --latent-size 4 --run-name coarse` the encoder keeps 32 numbers in each of 16 cells. Train it and
-#    place it in the table of layouts: is the grid as such what helps, or its fineness? Which draws from the
-#    prior are the best?
+# 6. With `--mode paper --latent-size 4 --run-name coarse` the encoder keeps 32 numbers in each of 16 cells.
+#    Train it and place it in the table of layouts: is the grid as such what helps, or its fineness? Which
+#    draws from the prior are the best?
 # 7. Write a function that finds `right` and `down` by itself: try all shifts, and take the one whose composed
 #    code, decoded and encoded again, comes back most nearly unchanged. Why might that prefer a wing that
 #    blends into the horse, and what would you add to the score?

@@ -9,6 +9,7 @@ command is given again.
 import csv
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -31,11 +32,15 @@ CHANGES = {
 }
 
 
-def shipped_pairs(cfg, horses, birds):
+def shipped_pairs(horses, birds):
     """Indices of six picked horses and birds, the best pair first, and which of the birds have dark wings."""
     picks = json.loads((SHIPPED / "picks.json").read_text())
     best = next(iter(picks["best"].values()))["indices"][-1]
     order = [best, *(i for i in range(0, len(picks["horse"]), 11) if i != best)][:6]
+    for images, group in ((horses, "horse"), (birds, "bird")):
+        for pick in (picks[group][i] for i in order):
+            if pick["index"] >= len(images) or zlib.crc32(images[pick["index"]].numpy().tobytes()) != pick["crc32"]:
+                raise SystemExit(f"the shipped picks are not of these photographs: {group} {pick['index']} differs")
     horse, bird = ([picks[group][i]["index"] for i in order] for group in ("horse", "bird"))
     return horse, bird, torch.tensor([bool(picks["bird"][i].get("dark")) for i in order])
 
@@ -45,7 +50,7 @@ def main():
     pv.cfg = cfg  # of show_rows
     test = pv.load_images(cfg, "test")
     horses, birds = (pv.load_images(cfg, "test", name) for name in ("horse", "bird"))
-    horse, bird, dark = shipped_pairs(cfg, horses, birds)
+    horse, bird, dark = shipped_pairs(horses, birds)
     rows, table = {"photographs": torch.cat([horses[horse], birds[bird]])}, []
     for name, change in CHANGES.items():
         changed = cfg.model_copy(update=change | {"run_name": "ablation-" + name.replace(" ", "-").replace(".", "_")})

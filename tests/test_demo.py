@@ -55,6 +55,13 @@ def test_the_figures_are_there_and_not_blank(demo, name):
     assert read(demo[0] / f"{name}.png").std() > 5
 
 
+@pytest.mark.parametrize("name", ["pegasus", "pegasus_composed"])
+def test_picks_and_compositions_make_the_batches_that_ship(demo, name):
+    """Those were drawn with the photographs at hand; of another composition the difference is 20 and more."""
+    made, shipped = (read(folder / f"{name}.png").astype(float) for folder in (demo[0], ROOT / "checkpoints"))
+    assert made.shape == shipped.shape and abs(made - shipped).mean() < 2  # of 255
+
+
 def test_it_says_what_it_used_and_where_the_pictures_went(demo):
     outputs, printed = demo
     assert "mode demo" in printed and "shipped picks: 64 horses, 64 birds" in printed
