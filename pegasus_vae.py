@@ -1180,7 +1180,7 @@ if __name__ == "__main__":
 # - On a GPU the forward and backward pass are compiled: neighbouring operations are fused, and a whole pass
 #   is recorded as one CUDA graph, since 64 small pictures are computed faster than Python can ask for them.
 #
-# What each is worth is measured by `tests/benchmark.py`, which starts from the usual pipeline (torchvision's
+# What each is worth is measured by `tests/tools/benchmark.py`, which starts from the usual pipeline (torchvision's
 # dataset, `DataLoader` with two workers, float32) and takes one step at a time. Base width 32, batch 64, two
 # cores of a Xeon with bfloat16 units, torch 2.15, median of three:
 #
@@ -2863,7 +2863,7 @@ if __name__ == "__main__":
 # ## What to change first
 #
 # Eight small trainings answer what the settings do: the recipe, and seven runs in which one setting differs.
-# `tests/make_ablations.py` trains them on the same budget, far below that of the shipped weights: base width
+# `tests/tools/make_ablations.py` trains them on the same budget, far below that of the shipped weights: base width
 # 32, two epochs over 20,000 of the photographs, learning rate annealed. So compare the rows with each other,
 # and not with the figures above. *Above floor* is BCE less its floor, KL in nats a latent number, *spread*
 # the standard deviation of the posterior means over the test split, which would be 1 if they were distributed
@@ -2881,7 +2881,7 @@ if __name__ == "__main__":
         alt = "One row for each training: reconstructions of horses, pegasi, and draws from the prior"
         show_picture(figure, alt)
     else:
-        print(f"no {table} here: tests/make_ablations.py makes it")
+        print(f"no {table} here: tests/tools/make_ablations.py makes it")
 
 # %% [markdown]
 # Change the *layout* first: with 8 numbers in each of 8x8 cells instead of 512 in one place, a sixteenth of

@@ -1,6 +1,6 @@
 """Make the files that ship in checkpoints/ from a finished training run and the photographs it was trained on.
 
-python tests/make_checkpoints.py --data-dir DIR --checkpoint-dir RUNS --run-name paper "60,522 photographs"
+python tests/tools/make_checkpoints.py --data-dir DIR --checkpoint-dir RUNS --run-name paper "60,522 photographs"
 
 reads RUNS/runs/<run-name>/, measures the weights, as they ship, on the whole test split, and writes
 pegasus_vae.safetensors, candidates.safetensors and history.csv to the repository's checkpoints/; of a model with a
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-SHIPPED = Path(__file__).parents[1] / "checkpoints"
+SHIPPED = Path(__file__).parents[2] / "checkpoints"
 sys.path.insert(0, str(SHIPPED.parent))
 
 import pegasus_vae as pv  # noqa: E402

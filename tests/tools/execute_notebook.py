@@ -1,6 +1,6 @@
 """Bring pegasus_vae.ipynb in step with pegasus_vae.py and execute it in demo mode, as it is committed.
 
-python tests/execute_notebook.py DIR      DIR holds the photographs, so that figures show originals
+python tests/tools/execute_notebook.py DIR      DIR holds the photographs, so that figures show originals
 
 Progress bars and widget views are left out: without a kernel, a viewer shows an error in their place.
 """
@@ -15,7 +15,7 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS = re.compile(r"\d+%\|")
 

@@ -1,6 +1,6 @@
 """Train the recipe once and once for each change of one setting, all on the same smaller budget, and compare.
 
-python tests/make_ablations.py --data-dir DIR [--checkpoint-dir RUNS]
+python tests/tools/make_ablations.py --data-dir DIR [--checkpoint-dir RUNS]
 
 writes checkpoints/ablations.csv and checkpoints/ablations.png, which the notebook shows. A stopped run goes on when the
 command is given again.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-SHIPPED = Path(__file__).parents[1] / "checkpoints"
+SHIPPED = Path(__file__).parents[2] / "checkpoints"
 sys.path.insert(0, str(SHIPPED.parent))
 
 import pegasus_vae as pv  # noqa: E402

@@ -1,6 +1,6 @@
 """Measure what the notebook claims about speed; nothing here is asserted, everything is printed.
 
-python tests/benchmark.py [--base-channels 32] [--repeats 3] [--images 105000]
+python tests/tools/benchmark.py [--base-channels 32] [--repeats 3] [--images 105000]
 
 1. Training, images/s: from the usual pipeline (torchvision's STL10 with PIL Resize and ToTensor, DataLoader with two
    workers, float32, default memory layout, eager, loss.item() at each step) to the notebook's fit, one change at a time,
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import STL10
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import pegasus_vae as pv  # noqa: E402

@@ -1,6 +1,6 @@
 """Does the suite bite? Plant one fault at a time in a copy of the project and require that the suite fails.
 
-python tests/mutants.py [NAME ...]      prints a table and the count of faults that were caught; exit status 1 if any was not
+python tests/tools/mutants.py [NAME ...]      prints a table and the count of faults that were caught; exit status 1 if any was not
 """
 
 import shutil
@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 UNIT_TESTS = [
     f"tests/test_{part}.py" for part in ("compose", "config", "data", "model", "pegasus", "picks", "training")
 ]
