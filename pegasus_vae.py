@@ -1371,7 +1371,8 @@ class TrainingState:
             return
         except Exception as error:  # torch.load fails in as many ways as a file can be damaged
             mend = f"if it is damaged, delete {self.folder} to start again"
-            raise ReaderError(f"{self.path} cannot be read ({type(error).__name__}: {error}): {mend}") from None
+            reason = getattr(error, "strerror", None) or type(error).__name__  # torch's texts tell to run the file
+            raise ReaderError(f"{self.path} cannot be read ({reason}): {mend}") from None
         if differ:
             differ = ", ".join(f"{name} was {old}, is {new}" for name, old, new in differ)
             raise ReaderError(f"{self.path} has another recipe ({differ}): set it back or choose a new run_name")
