@@ -1692,15 +1692,14 @@ def fit_gaussian(codes):
 if __name__ == "__main__":
     torch.manual_seed(cfg.seed)
     all_codes = torch.cat([horses.latents, birds.latents])  # (N, latent_dim)
-    rows = {"N(0, I)": torch.randn(12, cfg.latent_dim)}
-    rows |= {f"Gaussian\nof {name}s": fit_gaussian(codes).sample((12,)) for name, codes in
-             (("horse", horses.latents), ("bird", birds.latents))}  # fmt: skip
+    draws = {"N(0, I)": torch.randn(12, cfg.latent_dim)}
+    for name, codes in (("horses", horses.latents), ("birds", birds.latents)):
+        draws[f"Gaussian\nof {name}"] = fit_gaussian(codes).sample((12,))
+    rows = {name: decode_images(vae, z) for name, z in draws.items()}
     alt = "Three rows of twelve soft pictures: above blobs of colour, below shapes on a ground or before a sky"
-    drawn = {name: decode_images(vae, z) for name, z in rows.items()}
-    show_rows(cfg.output_dir / "prior.png", drawn, "Decoded draws from the prior, and from Gaussians of codes", alt)
-    lengths = {name.replace("\n", " "): z.norm(dim=1).mean().item() for name, z in rows.items()}
+    show_rows(cfg.output_dir / "prior.png", rows, "Decoded draws from the prior, and from Gaussians of codes", alt)
     length = all_codes.norm(dim=1).mean()
-    print("mean length:", ", ".join(f"{name} {value:.1f}" for name, value in lengths.items()), f"codes {length:.1f}")
+    print(f"mean length: draws from the prior {draws['N(0, I)'].norm(dim=1).mean():.1f}, codes {length:.1f}")
     spread = all_codes.std(dim=0)  # (latent_dim,)
     print(f"posterior means over candidates: standard deviation {spread.mean():.2f} on average,")
     print(f"{spread.min():.2f} at the least; {(spread > 0.1).sum()} of {cfg.latent_dim} above 0.1")
@@ -2304,8 +2303,8 @@ def negation_correlation(vae, z):
 if __name__ == "__main__":
     correlation = negation_correlation(vae, evenly_spread(all_codes, 256))
     print(f"length of the mean code {all_codes.mean(dim=0).norm():.1f}, mean length of a code {length:.1f}")
-    print(f"correlation of D(z) and D(-z) over {len(correlation)} candidates: mean {correlation.mean():.2f}, "
-          f"weakest {correlation.max():.2f}")  # fmt: skip
+    print(f"D(z) and D(-z) of {len(correlation)} candidates correlate by {correlation.mean():.2f} on average,")
+    print(f"by {correlation.max():.2f} at the weakest")
     some = ([bird for bird in bird_picks if bird in picks["dark"]] + bird_picks)[:12]  # the dark ones first
     rows = {"bird": birds.images[some], "D(z)": decode_images(vae, birds.latents[some])}
     rows["D(-z)"] = decode_images(vae, -birds.latents[some])
@@ -2830,13 +2829,14 @@ def guess_cells(composition, image):
 class ComposerPanels(Controls):
     """The widgets of the wing composer: fields {name: widget}, cells (64 checkboxes, row by row), and pictures."""
 
-    FIELDS = {"scale": (0.3, 2, 0.05), "turn": (-180, 180, 5), "right": (-8, 8, 0.25), "down": (-8, 8, 0.25)}
+    SLIDERS = {"scale": (0.3, 2, 0.05), "turn": (-180, 180, 5), "right": (-8, 8, 0.25), "down": (-8, 8, 0.25)}
 
     def __init__(self, picks, bird_indices):
         super().__init__(picks, "composer")
+        self.fields, self.cells = {}, []
         wide = {"style": {"description_width": "90px"}, "continuous_update": False}
-        self.fields = {name: widgets.FloatSlider(min=low, max=high, step=step, **wide)
-                       for name, (low, high, step) in self.FIELDS.items()}  # fmt: skip
+        for name, (low, high, step) in self.SLIDERS.items():
+            self.fields[name] = widgets.FloatSlider(min=low, max=high, step=step, **wide)
         auto = {"indent": False, "layout": widgets.Layout(width="auto")}
         self.fields |= {name: widgets.Checkbox(**auto) for name in ("mirror", "dark_winged", "good")}
         options = [(f"#{index}", index) for index in bird_indices]
@@ -2844,7 +2844,6 @@ class ComposerPanels(Controls):
         for name, widget in self.fields.items():
             widget.description = name.replace("_", " ")
             self.on_change(widget, lambda value, name=name: self.edit(**{name: value}))
-        self.cells = []
         for row in range(8):
             for column in range(8):
                 box = widgets.Checkbox(description=f"row {row + 1}, column {column + 1}", indent=False)
@@ -2869,7 +2868,7 @@ class ComposerPanels(Controls):
         panels["pegasus"] = self.pictures["pegasus"]
         panels = [widgets.VBox([widgets.Label(title), picture]) for title, picture in panels.items()]
         wrap = {"layout": widgets.Layout(flex_flow="row wrap")}
-        columns = ("bird", "mirror", "dark_winged", "good"), tuple(self.FIELDS)
+        columns = ("bird", "mirror", "dark_winged", "good"), tuple(self.SLIDERS)
         columns = [widgets.VBox([self.fields[name] for name in names]) for names in columns]
         bars = [widgets.HBox(row, **wrap) for row in (list(self.buttons.values()), panels, columns)]
         self.children = [widgets.HTML(PICKER_STYLE), bars[0], self.status, *bars[1:]]
@@ -2966,8 +2965,9 @@ if __name__ == "__main__":
     composed_birds = {c.bird for horse, c in picks.choices.compositions.items() if horse in horse_picks}
     wing_indices = bird_picks + sorted(composed_birds - set(bird_picks))  # birds whose wings are at hand
     wing_birds = load_candidates(cfg, spatial_vae, "bird", only=wing_indices)
-    guesses = [guess_cells(Composition(bird=bird, scale=0.7, down=-2, dark_winged=dark), image)
-               for bird, image, dark in zip(bird_picks, wing_birds.images, dark_winged.tolist())]  # fmt: skip
+    guesses = []
+    for bird, image, dark in zip(bird_picks, wing_birds.images, dark_winged.tolist()):
+        guesses.append(guess_cells(Composition(bird=bird, scale=0.7, down=-2, dark_winged=dark), image))
     composer = WingComposer(spatial_vae, spatial_horses, wing_birds, horse_picks, wing_indices, picks, guesses)
     if in_notebook:
         display(composer)
