@@ -2829,7 +2829,7 @@ def guess_cells(composition, image):
 class ComposerPanels(Controls):
     """The widgets of the wing composer: fields {name: widget}, cells (64 checkboxes, row by row), and pictures."""
 
-    SLIDERS = {"scale": (0.3, 2, 0.05), "turn": (-180, 180, 5), "right": (-8, 8, 0.25), "down": (-8, 8, 0.25)}
+    SLIDERS = {"scale": (0.3, 2, 0.01), "turn": (-180, 180, 1), "right": (-8, 8, 0.25), "down": (-8, 8, 0.25)}
 
     def __init__(self, picks, bird_indices):
         super().__init__(picks, "composer")
