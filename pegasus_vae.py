@@ -94,7 +94,7 @@ import tempfile
 import threading
 import time
 import zlib
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
@@ -1868,6 +1868,7 @@ class ChoicesFile:
         """Lock the file, read it, make changes (part, key, value, position), write it; returns what undoes them."""
         inverse = [self.choices.put(*change) for change in changes][::-1]
         self.unsaved += changes
+        self.origin = "your own"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{self.path}.lock", timeout=10):
@@ -1875,7 +1876,7 @@ class ChoicesFile:
                 for change in self.unsaved:
                     choices.put(*change)
                 write_atomically(self.path, choices.model_dump_json(indent=1).encode())
-            self.choices, self.unsaved, self.failure, self.origin = choices, [], None, "your own"
+            self.choices, self.unsaved, self.failure = choices, [], None
         except (OSError, ReaderError) as error:
             self.failure = f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}"  # next time
         for listener in list(self.listeners.values()):
@@ -1894,6 +1895,7 @@ class PicksFile(ChoicesFile):
         self.target, self.maker = target, maker
         if self.origin == "shipped":
             self.choices.horse, self.choices.bird = self.choices.horse[:target], self.choices.bird[:target]
+            self.choices.dark = [index for index in self.choices.dark if index in self.choices.bird]
         self.batch = self.name_batch()  # the one on the screen, for which the best are remembered
 
     def __getitem__(self, group):
@@ -1909,6 +1911,11 @@ class PicksFile(ChoicesFile):
         parents = json.dumps([self["horse"], self["bird"], sorted(self["dark"])])
         return f"{self.maker}, parents {zlib.crc32(parents.encode()):08x}"
 
+    def follow(self):
+        """Take up what the file holds now; where it cannot be read, the change that comes is not saved, and says so."""
+        with suppress(ReaderError):
+            self.take_up()
+
     def change(self, group, index, picked):
         """Pick or unpick one; an unpicked bird loses its mark, and of the best the latest three are kept."""
         with self.lock:
@@ -1916,7 +1923,7 @@ class PicksFile(ChoicesFile):
             pools |= {"dark": pools["bird"], "best": self.target}
             if index not in range(pools[group]):
                 raise ReaderError(f"there is no {group} {index}: 0 to {pools[group] - 1}")
-            self.take_up()
+            self.follow()
             if picked == (index in self[group]) or (group == "dark" and index not in self["bird"]):
                 return
             if group == "best":
@@ -1933,8 +1940,10 @@ class PicksFile(ChoicesFile):
 
     def fill(self, group, order):
         """Pick candidates in the given order until the target is reached; one step for undo."""
-        if self.missing(group, order):
-            self.edit(*((group, index, True) for index in self.missing(group, order)))
+        with self.lock:
+            self.follow()
+            if self.missing(group, order):
+                self.edit(*((group, index, True) for index in self.missing(group, order)))
 
     def suggest(self, orders):
         """Fill the groups from orders, {group: order}, without writing: nobody has picked these."""
