@@ -1845,8 +1845,10 @@ class ChoicesFile:
         """Follow what another notebook, or a hand, has written to the file."""
         with self.lock:
             if self.path.exists() and not self.unsaved:
-                self.choices = self.read()
+                before, self.choices = self.choices, self.read()
                 self.origin = "your own" if self.path.exists() else self.origin
+                if self.choices != before:
+                    self.notify()
 
     def edit(self, *changes):
         """Make changes (part, key, value), see Choices.put, in one transaction that undo takes back."""
@@ -1877,9 +1879,13 @@ class ChoicesFile:
             self.choices, self.unsaved, self.failure = choices, [], None
         except (OSError, ReaderError) as error:
             self.failure = f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}"
+        self.notify()
+        return inverse
+
+    def notify(self):
+        """Tell all that show the choices."""
         for listener in list(self.listeners.values()):
             listener()
-        return inverse
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -2224,10 +2230,11 @@ class ImagePicker(Controls):
         return self.cells[index]
 
     def pick(self, index, picked):
-        """What a click on a checkbox does."""
-        changed = picked != (index in self.picks[self.group])
+        """What a click on a checkbox does; a checkbox that already agrees does nothing."""
+        if picked == (index in self.picks[self.group]):
+            return
         self.picks.change(self.group, index, picked)
-        if self.on_pick and changed and index in self.picks[self.group]:
+        if self.on_pick and index in self.picks[self.group]:
             self.on_pick(index)
 
     def start(self):
@@ -2931,12 +2938,15 @@ class WingComposer(ComposerPanels):
 
     def edit(self, **fields):
         """Change fields of the composition that is shown, and save it; what is as it was, is no change."""
-        changed = Composition(**self.composition.model_dump() | fields)
-        if changed != self.composition:
-            self.picks.compose(self.horse, changed)
+        if any(getattr(self.composition, name) != value for name, value in fields.items()):
+            self.picks.follow()  # another notebook may have changed the others
+            self.picks.compose(self.horse, Composition(**self.composition.model_dump() | fields))
 
     def choose(self, row, column, chosen):
         """Take a block from the bird or leave it to the horse."""
+        if chosen == self.composition.mask[row, column]:
+            return
+        self.picks.follow()
         cells = [list(cells) for cells in self.composition.cells]
         cells[row][column] = ".#"[chosen]
         self.edit(cells=tuple("".join(cells) for cells in cells))
