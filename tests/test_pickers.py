@@ -172,11 +172,11 @@ def test_marks_and_best_cannot_be_suggested(picks, open_picker, group):
 
 def test_the_dark_picker_shows_the_picked_birds_as_they_are_now(picks, open_picker):
     birds, dark = open_picker(picks, "bird"), open_picker(picks, "dark")
-    assert shown(dark) == [3, 5] and ticked(dark) == [5] and "1 bird marked as dark-winged" in status(dark)
+    assert shown(dark) == [3, 5] and ticked(dark) == [5] and "1 marked as dark-winged" in status(dark)
     click(birds.boxes[1])
     assert shown(dark) == [1, 3, 5]
     click(dark.boxes[1])
-    assert picks["dark"] == [5, 1] and "2 birds marked as dark-winged" in status(dark)
+    assert picks["dark"] == [5, 1] and "2 marked as dark-winged" in status(dark)
     click(birds.boxes[1], False)
     assert shown(dark) == [3, 5] and picks["dark"] == [5]
 
