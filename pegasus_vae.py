@@ -94,7 +94,7 @@ import tempfile
 import threading
 import time
 import zlib
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
@@ -1867,7 +1867,7 @@ class ChoicesFile:
     def apply(self, changes):
         """Lock the file, read it, make changes (part, key, value, position), write it; returns what undoes them."""
         inverse = [self.choices.put(*change) for change in changes][::-1]
-        self.unsaved += changes
+        self.unsaved, self.origin = [*self.unsaved, *changes], "your own"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{self.path}.lock", timeout=10):
@@ -1875,7 +1875,7 @@ class ChoicesFile:
                 for change in self.unsaved:
                     choices.put(*change)
                 write_atomically(self.path, choices.model_dump_json(indent=1).encode())
-            self.choices, self.unsaved, self.failure, self.origin = choices, [], None, "your own"
+            self.choices, self.unsaved, self.failure = choices, [], None
         except (OSError, ReaderError) as error:
             self.failure = f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}"  # next time
         for listener in list(self.listeners.values()):
@@ -1894,6 +1894,7 @@ class PicksFile(ChoicesFile):
         self.target, self.maker = target, maker
         if self.origin == "shipped":
             self.choices.horse, self.choices.bird = self.choices.horse[:target], self.choices.bird[:target]
+            self.choices.dark = [index for index in self.choices.dark if index in self.choices.bird]
         self.batch = self.name_batch()  # the one on the screen, for which the best are remembered
 
     def __getitem__(self, group):
@@ -1912,11 +1913,11 @@ class PicksFile(ChoicesFile):
     def change(self, group, index, picked):
         """Pick or unpick one; an unpicked bird loses its mark, and of the best the latest three are kept."""
         with self.lock:
-            pools = {group: len(crc32) for group, crc32 in self.candidates.items()}
-            pools |= {"dark": pools["bird"], "best": self.target}
-            if index not in range(pools[group]):
-                raise ReaderError(f"there is no {group} {index}: 0 to {pools[group] - 1}")
-            self.take_up()
+            known = self.target if group == "best" else len(self.candidates["horse" if group == "horse" else "bird"])
+            if index not in range(known):
+                raise ReaderError(f"there is no {group} {index}: 0 to {known - 1}")
+            with suppress(ReaderError):  # then the change is not saved, and says so
+                self.take_up()
             if picked == (index in self[group]) or (group == "dark" and index not in self["bird"]):
                 return
             if group == "best":
@@ -1933,8 +1934,11 @@ class PicksFile(ChoicesFile):
 
     def fill(self, group, order):
         """Pick candidates in the given order until the target is reached; one step for undo."""
-        if self.missing(group, order):
-            self.edit(*((group, index, True) for index in self.missing(group, order)))
+        with self.lock:
+            with suppress(ReaderError):
+                self.take_up()
+            if self.missing(group, order):
+                self.edit(*((group, index, True) for index in self.missing(group, order)))
 
     def suggest(self, orders):
         """Fill the groups from orders, {group: order}, without writing: nobody has picked these."""
@@ -1950,14 +1954,10 @@ class PicksFile(ChoicesFile):
             self.edit(("compositions", horse, composition))
 
     def require(self):
-        """The picked horses, the picked birds, and whether each bird's wings are dark (bool tensor), as in the file now.
-
-        Raises ReaderError unless both are as many as the target.
-        """
+        """The picked horses and birds, and whether each bird is dark (bool tensor); ReaderError unless all are picked."""
         self.take_up()
         for group in self.candidates:
-            surplus = len(self[group]) - self.target
-            if surplus:
+            if surplus := len(self[group]) - self.target:
                 mend = f"remove {surplus}" if surplus > 0 else f"pick {-surplus} more"
                 count = f"{len(self[group])} of {self.target} {group}s picked"
                 raise ReaderError(f"{count}: {mend} in the picker (Suggest fills up), then run this again")
@@ -2190,8 +2190,8 @@ class ImagePicker(Controls):
         self.add_button("Undo", picks.undo)
         if group in picks.candidates:
             self.add_button("Suggest", lambda: picks.fill(group, self.order))
-        wrap = widgets.Layout(flex_flow="row wrap")
-        bar = widgets.HBox([*self.buttons.values(), self.sort, self.show], layout=wrap)
+        bar = widgets.Box([*self.buttons.values(), self.sort, self.show])
+        bar.layout.flex_flow = "row wrap"
         self.children = [widgets.HTML(PICKER_STYLE), bar, self.status, self.grid]
         self.attempt(self.start)
 
@@ -2205,16 +2205,14 @@ class ImagePicker(Controls):
             picture = widgets.Image(value=jpeg(self.picture(index)), format="jpeg", layout=self.layouts[0])
             box = widgets.Checkbox(index in self.picks[self.group], description=f"#{index}", **self.look)
             self.look["style"], self.boxes[index] = box.style, box
-            click = partial(self.picks.change, self.group, index)
-            box.observe(lambda change: self.attempt(lambda: click(change["new"])), "value")
+            box.observe(lambda c: self.attempt(lambda: self.picks.change(self.group, index, c["new"])), "value")
             self.cells[index] = widgets.VBox([picture, box], layout=self.layouts[1])
             self.cells[index].add_class("pegasus-cell")
         return self.cells[index]
 
     def start(self):
         """Sort anew and show the first page."""
-        sort = self.sort.value
-        self.order = sort(self.picks[self.group]) if callable(sort) else list(sort)
+        self.order = self.sort.value(self.picks[self.group]) if callable(self.sort.value) else list(self.sort.value)
         self.go_to(0)
 
     def visible(self):
