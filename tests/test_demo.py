@@ -65,7 +65,7 @@ def test_the_best_is_one_of_the_batch_enlarged(demo, kind):
     small = np.asarray(best.resize((64, 64), Image.Resampling.BOX), float)
     batch = [read(path) for path in sorted((demo[0] / f"pegasus{kind}").iterdir())]
     distances = sorted(abs(small - picture).mean() for picture in batch)
-    assert distances[0] < 3 < distances[1]  # of 255
+    assert distances[0] < 4 < distances[1]  # of 255
 
 
 @pytest.mark.parametrize("name", ["pegasus", "pegasus_composed"])

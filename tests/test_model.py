@@ -108,9 +108,7 @@ def test_the_network_is_as_large_as_the_text_says(pv, cfg, settings, count):
 
 
 @pytest.mark.parametrize("latent_size, depths", [(1, [9, 17, 25]), (8, [5, 9, 13])])
-def test_more_blocks_a_stage_make_a_deeper_network_whose_added_shortcuts_change_nothing(
-    pv, cfg, latent_size, depths
-):
+def test_more_blocks_a_stage_make_a_deeper_network_whose_added_shortcuts_change_nothing(pv, cfg, latent_size, depths):
     for blocks, depth in zip((1, 2, 3), depths):
         change = {"image_size": 32, "latent_size": latent_size, "latent_dim": 512, "blocks_per_stage": blocks}
         found = [m for m in pv.VAE(cfg.model_copy(update=change)).modules() if isinstance(m, pv.ResidualBlock)]

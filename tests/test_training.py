@@ -472,7 +472,9 @@ def test_what_a_refusal_tells_to_do_helps(pv, cfg, begun, assert_same):
     assert_same(pv.fit(cfg))
 
 
-@pytest.mark.parametrize("error, reason", [(OSError(errno.EIO, "I/O error"), "I/O error"), (MemoryError(), "MemoryError")])
+@pytest.mark.parametrize(
+    "error, reason", [(OSError(errno.EIO, "I/O error"), "I/O error"), (MemoryError(), "MemoryError")]
+)
 def test_a_state_that_cannot_be_read_now_is_kept(pv, cfg, begun, assert_same, error, reason):
     before = contents(begun)
 
