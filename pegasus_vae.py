@@ -1755,6 +1755,7 @@ class Composition(BaseModel):
         return torch.tensor([[cell == "#" for cell in row] for row in self.cells])
 
 
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 class Choices(BaseModel):
     """All that a reader chooses, as it stands in the file. Numbers are indices in the test split's class.
 
@@ -1784,6 +1785,18 @@ class Choices(BaseModel):
             items.insert(len(items) if place is None else place, (key, value))
         setattr(self, part, type(entries)(dict(items)))
         return part, key, values.get(key), place
+
+    def leave_out(self, horses, birds):
+        """Drop what is not among the indices of horses and birds, or comes twice; returns the names of that."""
+        dropped = []
+        for part, allowed in (("horse", horses), ("bird", birds), ("dark", self.bird)):
+            entries = list(dict.fromkeys(index for index in getattr(self, part) if index in allowed))
+            dropped += [f"a {part}"] * (entries != getattr(self, part))
+            setattr(self, part, entries)
+        for horse in [h for h, c in self.compositions.items() if h not in horses or c.bird not in birds]:
+            dropped.append(f"the composition of horse {horse}")
+            del self.compositions[horse]
+        return dropped
 
 
 def parse_choices(path):
@@ -1835,23 +1848,18 @@ class ChoicesFile:
         if choices.data != self.data:
             mend = "move it, or choose another folder with PEGASUS_OUTPUT_DIR"
             raise ReaderError(f"{self.path} was made on other data ({choices.data}) than {self.data}: {mend}")
-        horses, birds = (range(len(crc32)) for crc32 in self.candidates.values())
-        for part, allowed in (("horse", horses), ("bird", birds), ("dark", choices.bird)):
-            entries = list(dict.fromkeys(index for index in getattr(choices, part) if index in allowed))
-            if entries != getattr(choices, part):
-                self.notes.append(f"{self.path}: of {part} left out what is no such picture, or comes twice")
-                setattr(choices, part, entries)
-        for horse in [h for h, c in choices.compositions.items() if h not in horses or c.bird not in birds]:
-            self.notes.append(f"{self.path}: the composition of horse {horse} fits no pictures, left out")
-            del choices.compositions[horse]
+        left_out = choices.leave_out(*(range(len(crc32)) for crc32 in self.candidates.values()))
+        self.notes += [f"{self.path}: {text} fits no picture or comes twice, left out" for text in left_out]
         return choices
 
     def take_up(self):
         """Follow what another notebook, or a hand, has written to the file."""
         with self.lock:
             if self.path.exists() and not self.unsaved:
-                self.choices = self.read()
+                before, self.choices = self.choices, self.read()
                 self.origin = "your own" if self.path.exists() else self.origin
+                if self.choices != before:
+                    self.notify()
 
     def edit(self, *changes):
         """Make changes (part, key, value), see Choices.put, in one transaction that undo takes back."""
@@ -1877,10 +1885,14 @@ class ChoicesFile:
                 write_atomically(self.path, choices.model_dump_json(indent=1).encode())
             self.choices, self.unsaved, self.failure = choices, [], None
         except (OSError, ReaderError) as error:
-            self.failure = f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}"  # next time
+            self.failure = f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}"
+        self.notify()
+        return inverse
+
+    def notify(self):
+        """Tell all that show the choices."""
         for listener in list(self.listeners.values()):
             listener()
-        return inverse
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -2178,20 +2190,19 @@ class ImagePicker(Controls):
         self.cells, self.boxes, self.order, self.page, self.pages = {}, {}, [], 0, 1
         self.look = {"indent": False, "layout": widgets.Layout()}  # shared by all checkboxes
         self.layouts = widgets.Layout(height="88px"), widgets.Layout(align_items="center", padding="3px")
-        self.grid = widgets.Box(layout=widgets.Layout(flex_flow="row wrap", max_width="836px"))
+        self.grid = widgets.Box(layout={"flex_flow": "row wrap", "max_width": "836px"})
         self.grid.add_class("pegasus-grid")
         narrow = {"layout": widgets.Layout(width="200px"), "style": {"description_width": "40px"}}
         self.sort = widgets.Dropdown(options=sorts, description="Sort", **narrow)
         self.show = widgets.Dropdown(options=["all", "picked", "not picked"], description="Show", **narrow)
-        for choice in (self.sort, self.show):
-            choice.observe(lambda _: self.attempt(self.start), "value")
+        self.sort.observe(lambda _: self.attempt(self.start), "value")
+        self.show.observe(lambda _: self.attempt(self.start), "value")
         self.add_button("Previous", lambda: self.go_to(self.page - 1))
         self.add_button("Next", lambda: self.go_to(self.page + 1))
         self.add_button("Undo", picks.undo)
         if group in picks.candidates:
             self.add_button("Suggest", lambda: picks.fill(group, self.order))
-        bar = widgets.Box([*self.buttons.values(), self.sort, self.show])
-        bar.layout.flex_flow = "row wrap"
+        bar = widgets.Box([*self.buttons.values(), self.sort, self.show], layout={"flex_flow": "row wrap"})
         self.children = [widgets.HTML(PICKER_STYLE), bar, self.status, self.grid]
         self.attempt(self.start)
 
@@ -2205,25 +2216,26 @@ class ImagePicker(Controls):
             picture = widgets.Image(value=jpeg(self.picture(index)), format="jpeg", layout=self.layouts[0])
             box = widgets.Checkbox(index in self.picks[self.group], description=f"#{index}", **self.look)
             self.look["style"], self.boxes[index] = box.style, box
-            box.observe(lambda c: self.attempt(lambda: self.picks.change(self.group, index, c["new"])), "value")
+            box.observe(lambda change: self.attempt(lambda: self.pick(index, change["new"])), "value")
             self.cells[index] = widgets.VBox([picture, box], layout=self.layouts[1])
             self.cells[index].add_class("pegasus-cell")
         return self.cells[index]
+
+    def pick(self, index, picked):
+        """What a click on a checkbox does; one that already agrees does nothing."""
+        if picked != (index in self.picks[self.group]):
+            self.picks.change(self.group, index, picked)
 
     def start(self):
         """Sort anew and show the first page."""
         self.order = self.sort.value(self.picks[self.group]) if callable(self.sort.value) else list(self.sort.value)
         self.go_to(0)
 
-    def visible(self):
-        """Indices that pass the filter, in the chosen order."""
+    def go_to(self, page):
+        """Show a page of what passes the filter, counted from 0; beyond the ends, the nearest there is."""
         picked, pool, show = set(self.picks[self.group]), set(self.picks["bird"]), self.show.value
         order = [index for index in self.order if self.group != "dark" or index in pool]
-        return order if show == "all" else [index for index in order if (index in picked) == (show == "picked")]
-
-    def go_to(self, page):
-        """Show a page, counted from 0; beyond the ends, the nearest there is."""
-        order = self.visible()
+        order = [index for index in order if show == "all" or (index in picked) == (show == "picked")]
         self.pages = max(1, math.ceil(len(order) / self.per_page))
         self.page, self.trouble = min(max(0, page), self.pages - 1), None
         start = self.page * self.per_page
@@ -2241,8 +2253,8 @@ class ImagePicker(Controls):
         """Rewrite the line above the grid."""
         count, target = len(self.picks[self.group]), self.picks.target
         words = {"dark": f"{count} marked as dark-winged", "best": f"{count} of 3 best pegasi picked"}
-        too_many = f": remove {count - target}" if count > target else ""
-        text = words.get(self.group, f"{count} of {target} {self.group}s picked{too_many}")
+        text = words.get(self.group, f"{count} of {target} {self.group}s picked")
+        text += f": remove {count - target}" if self.group in self.picks.candidates and count > target else ""
         self.tell(f"{text} · page {self.page + 1} of {self.pages}")
 
 
@@ -2882,7 +2894,7 @@ class WingComposer(ComposerPanels):
     """Put wings on horses: choose a bird, place it, click on the blocks of the picture that are the bird's.
 
     vae: a model with a latent grid. horses, birds: Candidates, in the order of horse_indices and bird_indices. picks:
-    the PicksFile that every change goes to. guesses: a Composition for each horse, shown where the file has none.
+    the PicksFile that every change goes to. guesses: a Composition for each horse, where the file has none.
     """
 
     def __init__(self, vae, horses, birds, horse_indices, bird_indices, picks, guesses):
@@ -2910,15 +2922,17 @@ class WingComposer(ComposerPanels):
 
     def edit(self, **fields):
         """Change fields of the composition that is shown, and save it; what is as it was, is no change."""
-        changed = Composition(**self.composition.model_dump() | fields)
-        if changed != self.composition:
-            self.picks.compose(self.horse, changed)
+        if any(getattr(self.composition, name) != value for name, value in fields.items()):
+            self.picks.take_up()  # another notebook may have changed the others
+            self.picks.compose(self.horse, Composition(**self.composition.model_dump() | fields))
 
     def choose(self, row, column, chosen):
         """Take a block from the bird or leave it to the horse."""
-        cells = [list(cells) for cells in self.composition.cells]
-        cells[row][column] = ".#"[chosen]
-        self.edit(cells=tuple("".join(cells) for cells in cells))
+        if chosen != self.composition.mask[row, column]:
+            self.picks.take_up()
+            cells = [list(cells) for cells in self.composition.cells]
+            cells[row][column] = ".#"[chosen]
+            self.edit(cells=tuple("".join(cells) for cells in cells))
 
     def go_to(self, position):
         """Show the horse at a position; beyond the ends, the nearest there is."""
