@@ -322,6 +322,14 @@ def test_a_changed_source_picture_makes_a_new_cache_in_place_of_the_old(pv, fold
     assert cache_of(folder_cfg).is_file()
 
 
+def test_images_that_are_in_use_stay_as_they_are_when_the_cache_is_made_again(pv, folder_cfg, image_folder):
+    in_use = pv.load_images(folder_cfg, "test")
+    before = in_use.clone()
+    (image_folder / "test/bird/000.png").unlink()
+    pv.load_images(folder_cfg, "test")
+    assert torch.equal(in_use, before)
+
+
 def test_a_picture_that_changed_without_its_name_and_size_makes_a_new_cache(pv, folder_cfg, image_folder):
     for brightness in (10, 20):
         Image.new("RGB", (96, 96), (brightness,) * 3).save(image_folder / "test/bird/002.png")

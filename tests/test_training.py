@@ -103,6 +103,16 @@ def test_the_learning_rate_falls_linearly_from_its_first_value_towards_zero(pv):
     assert pv.learning_rate(cfg, 99) == pytest.approx(4e-6)
 
 
+def test_each_epoch_is_trained_at_its_learning_rate(pv, cfg, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(pv, "learning_rate", lambda cfg, epoch: [1e-3, 0.0][epoch])
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self, *more: rates.append(self.param_groups[0]["lr"]) or step(self, *more)
+    )
+    pv.fit(cfg)
+    assert rates == [1e-3] * 5 + [0.0] * 5
+
+
 def test_training_learns(pv, cfg):
     _, history = pv.fit(cfg.model_copy(update={"epochs": 6, "batch_size": 10, "lr": 2e-3}))
     assert history[-1]["bce"] < history[0]["bce"] - 0.02
@@ -452,7 +462,7 @@ def begun(pv, cfg, run):
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
@@ -622,6 +632,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_state_survive
         pv.fit(cfg, on_epoch=lambda *_: saved.append((run / "state.pt").read_bytes()))
     assert saved == [(run / "state.pt").read_bytes()]
     assert_same(pv.fit(cfg))
+
+
+def test_a_run_that_is_stopped_when_its_loss_is_not_finite_keeps_the_last_good_state(pv, cfg, begun, at_step):
+    before = contents(begun)["state.pt"]
+    at_step(2, lambda loss: press_stop() or spoil_loss(loss))
+    with pytest.raises(pv.ReaderError, match="not finite at epoch 2, step 2"):
+        pv.fit(cfg)
+    assert contents(begun)["state.pt"] == before
 
 
 def test_the_first_step_without_a_finite_loss_is_named(pv, cfg, at_step):
