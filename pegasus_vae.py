@@ -1861,6 +1861,11 @@ class ChoicesFile:
                 if self.choices != before:
                     self.notify()
 
+    def follow(self):
+        """Take up what the file holds before a change; if it cannot be read, the change is not saved, and says so."""
+        with suppress(ReaderError):
+            self.take_up()
+
     def edit(self, *changes):
         """Make changes (part, key, value), see Choices.put, in one transaction that undo takes back."""
         with self.lock:
@@ -1928,8 +1933,7 @@ class PicksFile(ChoicesFile):
             known = self.target if group == "best" else len(self.candidates["horse" if group == "horse" else "bird"])
             if index not in range(known):
                 raise ReaderError(f"there is no {group} {index}: 0 to {known - 1}")
-            with suppress(ReaderError):  # then the change is not saved, and says so
-                self.take_up()
+            self.follow()
             if picked == (index in self[group]) or (group == "dark" and index not in self["bird"]):
                 return
             if group == "best":
@@ -1947,8 +1951,7 @@ class PicksFile(ChoicesFile):
     def fill(self, group, order):
         """Pick candidates in the given order until the target is reached; one step for undo."""
         with self.lock:
-            with suppress(ReaderError):
-                self.take_up()
+            self.follow()
             if self.missing(group, order):
                 self.edit(*((group, index, True) for index in self.missing(group, order)))
 
@@ -2930,13 +2933,13 @@ class WingComposer(ComposerPanels):
     def edit(self, **fields):
         """Change fields of the composition that is shown, and save it; what is as it was, is no change."""
         if any(getattr(self.composition, name) != value for name, value in fields.items()):
-            self.picks.take_up()  # another notebook may have changed the others
+            self.picks.follow()  # another notebook may have changed the others
             self.picks.compose(self.horse, Composition(**self.composition.model_dump() | fields))
 
     def choose(self, row, column, chosen):
         """Take a block from the bird or leave it to the horse."""
         if chosen != self.composition.mask[row, column]:
-            self.picks.take_up()
+            self.picks.follow()
             cells = [list(cells) for cells in self.composition.cells]
             cells[row][column] = ".#"[chosen]
             self.edit(cells=tuple("".join(cells) for cells in cells))
