@@ -1818,23 +1818,21 @@ class ChoicesFile:
     """Choices in a JSON file; every change is a transaction on it, and can be undone.
 
     path: the reader's own file; shipped: the one to start from, if it was made for the same candidates, {"horse":
-    [crc32, ...], "bird": [crc32, ...]}. choices: as last read or written; origin: whose they are; notes: what was wrong;
-    failure: why a change is not on the disk. Raises ReaderError for a file of other data or version, and leaves it alone.
+    [crc32, ...], "bird": [...]}. origin: whose the choices are; notes: what was wrong; failure: why a change is not on
+    the disk. Raises ReaderError for a file of other data or version, and leaves it alone.
     """
 
     def __init__(self, path, shipped, candidates):
-        self.path, self.candidates = Path(path), candidates
+        self.path, self.candidates, self.lock = Path(path), candidates, threading.RLock()
         digest = hashlib.sha256(json.dumps(list(candidates.values())).encode()).hexdigest()[:16]
-        self.data = ", ".join(f"{len(crc32)} {group}s" for group, crc32 in candidates.items()) + f", {digest}"
-        self.lock, self.listeners = threading.RLock(), {}  # {name: function to call after every change}
-        self.past, self.unsaved, self.notes, self.failure = [], [], [], None
-        self.choices, self.origin = Choices(data=self.data), "none"
-        if Path(shipped).exists():
-            ours = parse_choices(shipped)
-            if ours is None:
-                raise ReaderError(f"{shipped} is damaged: restore it (git checkout -- checkpoints)")
-            if ours.data == self.data:
-                self.choices, self.origin = ours, "shipped"
+        self.data = "{} horses, {} birds, {}".format(*map(len, candidates.values()), digest)
+        self.listeners, self.past, self.unsaved, self.notes = {}, [], [], []  # {name: function that follows changes}
+        self.choices, self.origin, self.failure = Choices(data=self.data), "none", None
+        ours = parse_choices(shipped) if Path(shipped).exists() else self.choices
+        if ours is None:
+            raise ReaderError(f"{shipped} is damaged: restore it (git checkout -- checkpoints)")
+        if ours.data == self.data and ours is not self.choices:
+            self.choices, self.origin = ours, "shipped"
         self.take_up()
 
     def read(self):
@@ -1842,14 +1840,13 @@ class ChoicesFile:
         choices = parse_choices(self.path) if self.path.exists() else self.choices.model_copy(deep=True)
         if choices is None:
             aside = self.path.with_name(f"{self.path.stem}.bad-{datetime.now():%Y%m%d-%H%M%S-%f}.json")
-            os.replace(self.path, aside)
-            self.notes.append(f"{self.path} was damaged and is now {aside}")
+            self.notes.append(f"{self.path} was damaged and is now {self.path.replace(aside)}")
             return self.choices.model_copy(deep=True)
         if choices.data != self.data:
-            mend = "move it, or choose another folder with PEGASUS_OUTPUT_DIR"
-            raise ReaderError(f"{self.path} was made on other data ({choices.data}) than {self.data}: {mend}")
-        left_out = choices.leave_out(*(range(len(crc32)) for crc32 in self.candidates.values()))
-        self.notes += [f"{self.path}: {text} fits no picture or comes twice, left out" for text in left_out]
+            differ = f"was made on other data ({choices.data}) than {self.data}"
+            raise ReaderError(f"{self.path} {differ}: move it, or choose another folder with PEGASUS_OUTPUT_DIR")
+        for text in choices.leave_out(*(range(len(crc32)) for crc32 in self.candidates.values())):
+            self.notes.append(f"{self.path}: {text} fits no picture or comes twice, left out")
         return choices
 
     def take_up(self):
@@ -1858,11 +1855,10 @@ class ChoicesFile:
             if self.path.exists() and not self.unsaved:
                 before, self.choices = self.choices, self.read()
                 self.origin = "your own" if self.path.exists() else self.origin
-                if self.choices != before:
-                    self.notify()
+                self.notify(self.choices != before)
 
     def follow(self):
-        """Take up what the file holds before a change; if it cannot be read, the change is not saved, and says so."""
+        """Take up what the file holds before a change; if that cannot be read, the change will say so."""
         with suppress(ReaderError):
             self.take_up()
 
@@ -1891,12 +1887,12 @@ class ChoicesFile:
             self.choices, self.unsaved, self.failure = choices, [], None
         except (OSError, ReaderError) as error:
             self.failure = f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}"
-        self.notify()
+        self.notify(True)
         return inverse
 
-    def notify(self):
-        """Tell all that show the choices."""
-        for listener in list(self.listeners.values()):
+    def notify(self, changed):
+        """Tell all that show the choices, if they have changed."""
+        for listener in list(self.listeners.values()) * changed:
             listener()
 
 
