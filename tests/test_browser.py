@@ -104,10 +104,10 @@ def test_a_click_on_the_box_and_a_click_on_the_picture_pick(notebook, picks):
     chosen = ticked(horses)
     box(horses, chosen[3]).click()
     until(lambda: picks()["horse"] == chosen[:3] + chosen[4:], "the unpicked horse leaves the file")
-    cell = horses.locator(".pegasus-cell").filter(has=box(horses, chosen[3]))
-    middle = "(e, i = e.querySelector('img')) => ({x: i.offsetLeft + i.width / 2, y: i.offsetTop + i.height / 3})"
-    until(lambda: cell.locator("img").evaluate("i => i.complete && i.naturalWidth"), "the picture is drawn")
-    cell.click(position=cell.evaluate(middle))
+    cell = horses.locator(".pegasus-cell").nth(numbers(horses).index(chosen[3]))
+    on_picture = "i => i.naturalWidth && { x: i.offsetLeft + i.width / 2, y: i.offsetTop + i.height / 3 }"
+    place = until(lambda: cell.locator("img").evaluate(on_picture), "the picture is drawn")
+    cell.click(position=place)
     until(lambda: picks()["horse"] == chosen[:3] + chosen[4:] + [chosen[3]], "the horse is picked again")
     until(lambda: box(horses, chosen[3]).is_checked(), "its box is ticked")
     counted = f"{PICKS} of {PICKS} horses picked"
@@ -268,8 +268,8 @@ def shown(composer, name):
 
 def chosen_cells(composer):
     """Names of the blocks that are ticked."""
-    boxes = composer.locator(".pegasus-mask label")
-    return boxes.evaluate_all("boxes => boxes.filter(b => b.querySelector('input').checked).map(b => b.innerText)")
+    names = "boxes => boxes.filter(b => b.querySelector('input').checked).map(b => b.textContent.trim())"
+    return composer.locator(".pegasus-mask .widget-checkbox").evaluate_all(names)
 
 
 def test_a_click_on_a_cell_of_the_horse_takes_it_from_the_bird_and_the_pegasus_follows(notebook, composition, picks):
