@@ -39,8 +39,10 @@ def read(path):
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def test_it_ends_with_64_different_pegasi(demo):
-    pegasi = [read(demo[0] / "pegasus" / f"{number:02d}.png") for number in range(64)]
+@pytest.mark.parametrize("name", ["pegasus", "pegasus_composed"])
+def test_it_ends_with_64_different_pegasi_of_each_kind(demo, name):
+    assert sorted(path.name for path in (demo[0] / name).iterdir()) == [f"{number:02d}.png" for number in range(64)]
+    pegasi = [read(demo[0] / name / f"{number:02d}.png") for number in range(64)]
     assert {picture.shape for picture in pegasi} == {(64, 64, 3)}
     assert len({picture.tobytes() for picture in pegasi}) == 64
     assert min(picture.std() for picture in pegasi) > 5, "a blank picture is no pegasus"
@@ -48,11 +50,22 @@ def test_it_ends_with_64_different_pegasi(demo):
 
 @pytest.mark.parametrize(
     "name",
-    ["architecture", "curves", "reconstructions", "horses", "birds", "flip", "pegasus", "best"]
-    + ["reach", "spatial_reconstructions", "pegasus_spatial", "pegasus_composed", "composed_best"],
+    "architecture curves reconstructions prior horses birds flip interpolation pegasus pegasus_rescaled best best_family "
+    "sweep nearest reach spatial_reconstructions spatial_prior pegasus_spatial pegasus_composed best_composed "
+    "composed_best composed_nearest title".split(),
 )
 def test_the_figures_are_there_and_not_blank(demo, name):
     assert read(demo[0] / f"{name}.png").std() > 5
+
+
+@pytest.mark.parametrize("kind", ["", "_composed"])
+def test_the_best_is_one_of_the_batch_enlarged(demo, kind):
+    best = Image.open(demo[0] / f"best{kind}.png")
+    assert best.size == (256, 256)
+    small = np.asarray(best.resize((64, 64), Image.Resampling.BOX), float)
+    batch = [read(path) for path in sorted((demo[0] / f"pegasus{kind}").iterdir())]
+    distances = sorted(abs(small - picture).mean() for picture in batch)
+    assert distances[0] < 4 < distances[1]  # of 255
 
 
 @pytest.mark.parametrize("name", ["pegasus", "pegasus_composed"])
@@ -65,9 +78,9 @@ def test_picks_and_compositions_make_the_batches_that_ship(demo, name):
 def test_it_says_what_it_used_and_where_the_pictures_went(demo):
     outputs, printed = demo
     assert "mode demo" in printed and "shipped picks: 64 horses, 64 birds" in printed
-    assert "64 compositions, shipped" in printed, "all of them fit the shipped candidates"
-    assert str(outputs / "pegasus.png") in printed and str(outputs / "best.png") in printed
+    assert "64 of 64 are shipped compositions" in printed, "all of them fit the shipped candidates"
+    assert str(outputs / "pegasus.png") in printed and str(outputs / "pegasus_composed.png") in printed
 
 
 def test_it_leaves_nothing_but_figures(demo):
-    assert {path.suffix or path.name for path in demo[0].rglob("*")} == {".png", "pegasus"}
+    assert {path.suffix or path.name for path in demo[0].rglob("*")} == {".png", "pegasus", "pegasus_composed"}

@@ -52,7 +52,6 @@ def test_a_code_spread_over_a_grid_has_the_same_length_and_an_encoder_that_stops
     logits, mu, logvar = vae(images)
     assert logits.shape == images.shape and mu.shape == logvar.shape == (2, 512)
     assert vae.encoder.stages(images).shape[2:] == (latent_size, latent_size)
-    assert dict(pv.trace_shapes(vae, cfg.model_copy(update=change)))["z = mu +\nsigma eps"] == vae.decoder.grid
     assert vae.decoder.grid == (512 // latent_size**2, latent_size, latent_size)
 
 
@@ -81,26 +80,40 @@ def test_a_grid_that_does_not_fit_is_refused(pv, cfg, change, message):
         pv.Config(**cfg.model_dump() | {"latent_dim": 512} | change)
 
 
-def test_the_same_512_numbers_on_a_grid_need_a_tenth_of_the_parameters(pv, cfg):
-    full = {"image_size": 64, "base_channels": 64, "latent_dim": 512, "latent_size": 8}
+@pytest.mark.parametrize(
+    "settings, side, numbers",
+    [({}, 16, 1024), ({"image_size": 32, "latent_dim": 16}, 8, 64), ({"image_size": 96, "latent_dim": 700}, 24, 1152)],
+)
+def test_the_grid_has_a_cell_for_4x4_pixels_and_twice_as_many_numbers_if_they_can_be_spread(
+    pv, cfg, settings, side, numbers
+):
+    cfg = pv.Config(**cfg.model_dump() | {"image_size": 64, "latent_dim": 512, "run_name": "x"} | settings)
+    grid = pv.spatial(cfg)
+    assert (grid.latent_size, grid.latent_dim, grid.run_name) == (side, numbers, "x-spatial")
+    changed = {name for name, value in grid if value != getattr(cfg, name)}
+    assert changed <= {"latent_size", "latent_dim", "run_name"}
+    assert pv.Config(**grid.model_dump()) == grid, "a grid that fits"
+
+
+@pytest.mark.parametrize(
+    "settings, count",
+    [({"latent_dim": 512}, 19_753_331), ({"latent_dim": 512, "latent_size": 8}, 1_952_643)]
+    + [({"latent_dim": 1024, "latent_size": 16}, 451_451)],
+    ids=["the paper's", "512 numbers on 8x8", "the last chapter's"],
+)
+def test_the_network_is_as_large_as_the_text_says(pv, cfg, settings, count):
     with torch.device("meta"):
-        vae = pv.VAE(pv.Config(**cfg.model_dump() | full))
-    assert sum(p.numel() for p in vae.parameters()) == 1_952_643
+        vae = pv.VAE(cfg.model_copy(update={"image_size": 64, "base_channels": 64} | settings))
+    assert sum(p.numel() for p in vae.parameters()) == count
 
 
-def test_more_blocks_a_stage_make_a_deeper_network(pv, cfg):
-    depths = []
-    for blocks in (1, 2, 3):
-        vae = pv.VAE(cfg.model_copy(update={"blocks_per_stage": blocks}))
-        depths.append(sum(isinstance(m, (pv.EncoderBlock, pv.DecoderBlock)) for m in vae.modules()))
-    assert depths == [9, 17, 25]
-
-
-def test_the_papers_network_has_19_753_331_parameters(pv, cfg):
-    paper = cfg.model_copy(update={"image_size": 64, "base_channels": 64, "latent_dim": 512, "blocks_per_stage": 1})
-    with torch.device("meta"):
-        vae = pv.VAE(paper)
-    assert sum(p.numel() for p in vae.parameters()) == 19_753_331
+@pytest.mark.parametrize("latent_size, depths", [(1, [9, 17, 25]), (8, [5, 9, 13])])
+def test_more_blocks_a_stage_make_a_deeper_network_whose_added_shortcuts_change_nothing(pv, cfg, latent_size, depths):
+    for blocks, depth in zip((1, 2, 3), depths):
+        change = {"image_size": 32, "latent_size": latent_size, "latent_dim": 512, "blocks_per_stage": blocks}
+        found = [m for m in pv.VAE(cfg.model_copy(update=change)).modules() if isinstance(m, pv.ResidualBlock)]
+        assert len(found) == depth
+        assert sum(isinstance(block.skip, nn.Identity) for block in found) == depth - depths[0]
 
 
 @pytest.mark.parametrize("kind", ["EncoderBlock", "DecoderBlock"])
@@ -112,6 +125,17 @@ def test_the_shortcut_skips_one_convolution_two_batch_norms_and_one_activation(p
     }
     assert counts == {nn.Conv2d: [2, 1], nn.BatchNorm2d: [2, 0], nn.LeakyReLU: [1, 0]}
     assert not any(isinstance(m, nn.Dropout) for m in block.modules())
+
+
+@pytest.mark.parametrize("kind", ["EncoderBlock", "DecoderBlock"])
+@pytest.mark.parametrize("channels, scale, plain", [((8, 8), 1, True), ((8, 16), 1, False), ((8, 8), 2, False)])
+def test_a_shortcut_with_nothing_to_change_is_the_identity(pv, kind, channels, scale, plain):
+    block, x = getattr(pv, kind)(*channels, scale=scale), torch.randn(2, channels[0], 8, 8)
+    assert (list(block.skip.parameters()) == []) is plain
+    for parameter in block.main.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(block(x), F.leaky_relu(block.skip(x), 0.2))
+    assert torch.equal(block.skip(x), x) if plain else block.skip(x).shape != x.shape
 
 
 @pytest.mark.parametrize("silenced, heard", [("main", "skip"), ("skip", "main")])
@@ -270,6 +294,45 @@ def test_evaluate_agrees_with_a_direct_computation(pv, vae, pictures):
     assert torch.allclose(pv.evaluate(vae, pictures), direct, rtol=0.02)  # autocast may round the copies
 
 
+@pytest.mark.parametrize(
+    "able, fast",
+    [({"avx512_bf16": True}, True), ({"amx_bf16": True, "avx512_bf16": False}, True), ({"avx512_f": True}, False)]
+    + [({}, False), (None, False)],
+)
+def test_a_cpu_that_multiplies_16_bits_fast_does_so(pv, monkeypatch, able, fast):
+    if able is None:  # an older torch
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    with pv.mixed_precision(torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") is fast
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if fast else torch.float32)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("capability, fast", [((8, 0), True), ((9, 0), True), ((7, 5), False)])
+def test_a_gpu_that_multiplies_16_bits_fast_does_so(pv, monkeypatch, capability, fast):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "autocast", lambda *how, enabled: asked.append((*how, enabled)))
+    pv.mixed_precision(torch.device("cuda", 1))
+    assert asked == [("cuda", torch.bfloat16, fast)]
+
+
+def test_losses_are_taken_in_full_precision_where_the_network_is_not(pv, cfg, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    vae, x = pv.VAE(cfg), torch.rand(4, 3, cfg.image_size, cfg.image_size)
+    loss = pv.batch_loss(vae, x, cfg)
+    loss.total.backward()
+    assert all(part.dtype == torch.float32 for part in loss)
+    assert all(parameter.grad.dtype == torch.float32 for parameter in vae.parameters())
+
+
+def test_a_batch_is_prepared_as_floats_whose_channels_lie_side_by_side(pv, pictures):
+    x = pv.prepare_batch(pictures, torch.device("cpu"))
+    assert torch.equal(x, pictures / 255) and x.is_contiguous(memory_format=torch.channels_last)
+
+
 class Copier(nn.Module):
     """A model whose copies are perfect: the code is the picture."""
 
@@ -293,3 +356,14 @@ def test_a_perfect_copy_has_the_floor_as_its_bce(pv, pictures):
 def test_no_copy_has_a_bce_below_the_floor(pv, vae, pictures):
     bce, floor, _, _ = pv.evaluate(vae, pictures).T
     assert (bce > floor).all()
+
+
+def test_a_gaussian_of_codes_has_their_mean_and_covariance_though_they_are_few(pv):
+    torch.manual_seed(10)
+    codes = torch.randn(500, 6) @ torch.randn(6, 6) + torch.arange(6.0)
+    gaussian = pv.fit_gaussian(codes)
+    assert torch.allclose(gaussian.mean, codes.mean(dim=0))
+    assert torch.allclose(gaussian.covariance_matrix, torch.cov(codes.T), atol=2e-3)
+    drawn = gaussian.sample((20_000,))
+    assert torch.allclose(torch.cov(drawn.T), torch.cov(codes.T), atol=0.05 * codes.var(dim=0).max())
+    assert pv.fit_gaussian(codes[:3]).sample((2,)).shape == (2, 6)

@@ -139,33 +139,75 @@ def test_widest_first_prefers_outstretched_wings(pv):
     assert sorted(pv.widest_first(pictures)) == [0, 1, 2, 3]
 
 
+def test_animals_are_most_alike_in_the_direction_of_their_codes_not_in_length(pv):
+    latents = torch.tensor([[1.0, 0.0], [0.0, 1.0], [9.0, 1.0], [-1.0, 0.0]])
+    assert pv.most_like(latents, [0]) == [0, 2, 1, 3]
+    assert pv.most_like(latents, [0, 3]) == pv.most_like(latents, []) == [0, 1, 2, 3], "no direction, no order"
+
+
+def test_contrast_is_zero_for_plain_images_and_half_for_half_black_half_white(pv):
+    plain, half = paint_all(RED) / 255, paint((0, 0, 32, 64, WHITE)) / 255
+    assert pv.contrast(plain) == pytest.approx(0, abs=1e-6) and pv.contrast(half) == pytest.approx(0.5, abs=1e-3)
+    assert pv.contrast(torch.cat([plain, half])) == pytest.approx(0.25, abs=1e-3)
+
+
 def test_diversity_is_zero_for_equal_images_and_one_between_black_and_white(pv):
-    assert pv.diversity(paint_all(RED).expand(5, -1, -1, -1)) == 0
-    assert pv.diversity(torch.cat([paint_all(BLACK), paint_all(WHITE)])) == pytest.approx(1)
-    assert pv.diversity(torch.cat([paint_all(BLACK)] * 2 + [paint_all(WHITE)])) == pytest.approx(2 / 3)
+    red, black, white = (paint_all(colour) / 255 for colour in (RED, BLACK, WHITE))
+    assert pv.diversity(red.expand(5, -1, -1, -1)) == 0
+    assert pv.diversity(torch.cat([black, white])) == pytest.approx(1)
+    assert pv.diversity(torch.cat([black, black, white])) == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("chunk", [3, 2048])
-def test_nearest_finds_each_picture_itself_at_no_distance(pv, chunk):
+def test_nearest_gives_the_index_and_the_rms_distance_of_the_one_that_is_nearest(pv):
+    pool = torch.tensor([0.0, 0.3, 0.9, 0.35])[:, None, None, None].expand(-1, 3, 8, 8)
+    index, distance = pv.nearest(torch.tensor([0.8, 0.34])[:, None, None, None].expand(-1, 3, 8, 8), pool)
+    assert index.tolist() == [2, 3] and distance.tolist() == pytest.approx([0.1, 0.01], abs=1e-5)
+
+
+def test_nearest_looks_through_the_whole_of_a_large_pool_of_bytes(pv):
     torch.manual_seed(0)
-    pool = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8)
-    found, distance = pv.nearest(pool[[7, 0, 4]], pool, chunk=chunk)
-    assert found.tolist() == [[7], [0], [4]]
-    assert distance.flatten().tolist() == pytest.approx([0, 0, 0], abs=0.05)
+    pool = torch.randint(256, (2050, 3, 8, 8), dtype=torch.uint8)
+    index, distance = pv.nearest(pool[[7, 2049, 2047]], pool)
+    assert index.tolist() == [7, 2049, 2047] and distance.tolist() == pytest.approx([0, 0, 0], abs=1e-3)
 
 
-def test_nearest_gives_the_euclidean_distance(pv):
-    pool = torch.tensor([[3.0, 4.0], [9.0, 10.0]])
-    found, distance = pv.nearest(torch.tensor([[0.0, 0.0], [9.0, 9.0]]), pool)
-    assert found.tolist() == [[0], [1]] and distance.flatten().tolist() == pytest.approx([5, 1])
+def test_a_gaussian_has_the_mean_and_the_covariance_of_the_codes_it_is_fitted_to(pv):
+    torch.manual_seed(0)
+    codes = torch.randn(500, 3) @ torch.tensor([[1.0, 0.5, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 0.1]]) + 4
+    gaussian = pv.fit_gaussian(codes)
+    assert torch.allclose(gaussian.mean, codes.mean(dim=0))
+    assert torch.allclose(gaussian.covariance_matrix, codes.T.cov(), atol=2e-3)
+    draws = gaussian.sample((5000,))
+    assert torch.allclose(draws.T.cov(), codes.T.cov(), atol=0.3) and torch.allclose(
+        draws.mean(0), codes.mean(0), atol=0.2
+    )
 
 
-@pytest.mark.parametrize("chunk", [2, 2048])
-def test_several_nearest_come_in_the_order_of_their_distance(pv, chunk):
-    pool = torch.tensor([[4.0], [1.0], [9.0], [2.0], [0.5]])
-    found, distance = pv.nearest(torch.tensor([[0.0], [9.0]]), pool, 3, chunk)
-    assert found.tolist() == [[4, 1, 3], [2, 0, 3]] and distance.tolist() == [[0.5, 1, 2], [0, 5, 7]]
-    assert pv.nearest(pool, pool, 99)[0].shape == (5, 5)
+def test_fewer_codes_than_dimensions_still_make_a_gaussian(pv):
+    torch.manual_seed(0)
+    assert pv.fit_gaussian(torch.randn(4, 16)).sample((3,)).isfinite().all()
+
+
+def test_a_decoder_that_swaps_light_and_dark_correlates_by_minus_one_and_a_blind_one_by_one(pv, monkeypatch):
+    torch.manual_seed(0)
+    weight, z = torch.randn(5, 12), torch.randn(4, 5)
+    for draw, expected in {
+        (lambda z: 0.5 + z @ weight): -1,  # linear, about a grey average
+        (lambda z: 0.5 + (z @ weight).square()): 1,  # the sign makes no difference
+        (lambda z: 0.5 + z @ weight + 9 * z.norm(dim=1)[:, None]): -1,  # so brighter over all is no matter
+    }.items():
+        monkeypatch.setattr(pv, "decode_images", lambda vae, z, draw=draw: draw(z).unflatten(1, (3, 2, 2)))
+        assert pv.negation_correlation(None, z).tolist() == pytest.approx([expected] * 4, abs=1e-4)
+
+
+def test_a_decoder_that_fades_is_not_beyond_fading_and_another_by_its_share(pv, monkeypatch):
+    torch.manual_seed(0)
+    weight, horse, bird = torch.randn(5, 12), torch.randn(4, 5), torch.randn(4, 5)
+    monkeypatch.setattr(pv, "decode_images", lambda vae, z: (z @ weight).unflatten(1, (3, 2, 2)))
+    assert pv.beyond_fading(None, horse, bird, 0.6) == pytest.approx(0, abs=1e-6)
+    parents = {0.0: 0.0, 1.0: 1.0, 0.6: 0.7}  # the code in between draws a tenth more than the cross-fade
+    monkeypatch.setattr(pv, "decode_images", lambda vae, z: torch.full((1, 3, 2, 2), parents[round(z.item(), 3)]))
+    assert pv.beyond_fading(None, torch.ones(1, 1), torch.zeros(1, 1), 0.6) == pytest.approx(0.1)
 
 
 @pytest.fixture
@@ -211,3 +253,199 @@ def test_a_missing_class_or_file_of_codes_is_named(pv, shipped):
     (cfg.checkpoint_dir / "candidates.safetensors").unlink()
     with pytest.raises(pv.ReaderError, match="candidates.safetensors cannot be read"):
         pv.load_candidates(cfg, vae, "horse")
+
+
+def test_only_the_wanted_candidates_are_loaded_in_their_order(pv, cfg):
+    vae = pv.VAE(cfg)
+    everything, some = pv.load_candidates(cfg, vae, "bird"), pv.load_candidates(cfg, vae, "bird", only=[5, 2])
+    assert torch.equal(some.images, everything.images[[5, 2]]) and some.crc32 == [everything.crc32[i] for i in (5, 2)]
+    assert torch.allclose(some.latents, everything.latents[[5, 2]], atol=1e-5)
+
+
+# the code with places
+
+
+@pytest.fixture(scope="module")
+def grid_vae():
+    """A model with two numbers in each of 16x16 cells, in evaluation mode, with batch norms that do something."""
+    import pegasus_vae as pv
+
+    torch.manual_seed(0)
+    vae = pv.VAE(pv.Config(latent_size=16, latent_dim=512, base_channels=4))
+    vae(torch.rand(16, 3, 64, 64))
+    return vae.eval()
+
+
+@pytest.mark.parametrize("latent_dim, expected", [(512, 1024), (128, 256), (200, 256), (16, 256)])
+def test_the_grid_has_twice_as_many_numbers_as_fit_evenly(pv, cfg, latent_dim, expected):
+    changed = pv.spatial(cfg.model_copy(update={"latent_dim": latent_dim}))
+    assert (changed.latent_size, changed.latent_dim, changed.run_name) == (16, expected, "paper-spatial")
+    assert pv.Config(**changed.model_dump()) == changed, "it passes the checks of Config"
+
+
+@pytest.mark.parametrize("image_size, side", [(32, 8), (64, 16)])
+def test_a_cell_of_the_grid_stands_for_4x4_pixels(pv, cfg, image_size, side):
+    changed = pv.spatial(cfg.model_copy(update={"image_size": image_size, "base_channels": 4}))
+    vae = pv.VAE(changed)
+    logits, mu, _ = vae(torch.zeros(2, 3, image_size, image_size))
+    assert vae.decoder.grid[1:] == (side, side) and mu.shape == (2, changed.latent_dim)
+    assert logits.shape == (2, 3, image_size, image_size)
+
+
+def test_shipped_codes_are_found_by_the_layout_of_the_model(pv, cfg, grid_vae, tmp_path):
+    no_data = cfg.model_copy(update={"data_dir": tmp_path / "none"})
+    with pytest.raises(pv.ReaderError, match="candidates_spatial.safetensors"):
+        pv.load_candidates(no_data, grid_vae, "horse")
+
+
+def place(pv, image, **fields):
+    return pv.place_bird(image, pv.Composition(bird=0, **fields))
+
+
+def bar(left, top, right, bottom):
+    """A light box on a grey ground, floats (3, 64, 64)."""
+    return paint((0, 0, 64, 64, (60, 60, 60)), (left, top, right, bottom, (230, 230, 230)))[0] / 255
+
+
+def test_a_bird_that_is_not_changed_stays_as_it_is_and_bytes_become_floats(pv):
+    image = torch.randint(256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(place(pv, image), image / 255, atol=1e-5)
+
+
+def test_a_mirrored_bird_faces_the_other_way_and_then_moves(pv):
+    image = bar(8, 16, 24, 24)
+    assert torch.allclose(place(pv, image, mirror=True), bar(40, 16, 56, 24), atol=1e-5)
+    assert torch.allclose(place(pv, image, mirror=True, right=1), bar(48, 16, 64, 24), atol=1e-5)
+
+
+def test_a_bird_is_moved_by_eighths_and_its_background_fills_the_rest(pv):
+    image = bar(8, 16, 24, 24)
+    assert torch.allclose(place(pv, image, right=2, down=1.5), bar(24, 28, 40, 36), atol=1e-5)
+    assert torch.allclose(place(pv, image, right=-8), bar(0, 0, 0, 0), atol=1e-5), "moved out of the picture"
+    assert torch.allclose(place(pv, image[:, :, :32], down=-2), bar(8, 0, 24, 8)[:, :, :32], atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.5, 1.5, 2])
+def test_a_bird_is_scaled_about_the_middle(pv, scale):
+    placed = place(pv, bar(24, 24, 40, 40), scale=scale)
+    assert (placed[0] > 0.55).float().sum().sqrt() == pytest.approx(16 * scale, abs=1.5)
+    assert placed[:, 31:33, 31:33].min() > 0.8 and place(pv, placed, scale=1)[0, 0, 0] == pytest.approx(60 / 255)
+
+
+def test_a_bird_is_turned_clockwise_about_the_middle(pv):
+    image = bar(8, 28, 24, 36)  # left of the middle
+    assert torch.allclose(place(pv, image, turn=90), bar(28, 8, 36, 24), atol=1e-4), "above it"
+    assert torch.allclose(place(pv, image, turn=-90), bar(28, 40, 36, 56), atol=1e-4), "below it"
+    assert torch.allclose(place(pv, image, turn=180), bar(40, 28, 56, 36), atol=1e-4)
+    assert torch.allclose(place(pv, image, turn=90, right=3), bar(52, 8, 60, 24), atol=1e-4), "turned, then moved"
+
+
+@pytest.mark.parametrize("size", [32, 64, 96])
+@pytest.mark.parametrize(
+    "fields", [{"scale": 2, "turn": 45}, {"scale": 0.3, "down": -8}, {"right": -3.25, "turn": -100}]
+)
+def test_whatever_is_done_to_a_bird_it_stays_a_picture(pv, size, fields):
+    placed = place(pv, torch.rand(3, size, size, generator=torch.Generator().manual_seed(0)), **fields)
+    assert placed.shape == (3, size, size) and placed.isfinite().all() and 0 <= placed.min() <= placed.max() <= 1
+
+
+def test_the_cover_of_a_cell_is_the_share_that_is_not_background(pv):
+    cover = pv.bird_cover(torch.stack([bar(8, 16, 22, 24), bar(0, 0, 0, 0)]), 8)
+    assert cover.shape == (2, 8, 8) and not cover[1].any()
+    assert cover[0, 2, 1] == pytest.approx(1) and cover[0, 2, 2] == pytest.approx(6 / 8) and (cover[0] > 0).sum() == 2
+    faint = bar(8, 16, 24, 24).clamp(max=60 / 255 + 0.135)  # halfway between nothing and all
+    assert pv.bird_cover(faint[None], 8)[0, 2, 1] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_guessed_cells_are_those_that_the_placed_bird_fills_by_a_third(pv):
+    image = bar(8, 16, 27, 24)  # two blocks and three eighths of a third
+    guess = pv.guess_cells(pv.Composition(bird=3, good=True), image)
+    assert guess.mask.nonzero().tolist() == [[2, 1], [2, 2], [2, 3]] and guess.bird == 3 and guess.good
+    moved = pv.guess_cells(guess.model_copy(update={"down": 2, "mirror": True}), image)
+    assert moved.mask.nonzero().tolist() == [[4, 4], [4, 5], [4, 6]]
+    assert not pv.guess_cells(guess, bar(8, 16, 10, 24)).mask.any()
+
+
+FULL, EMPTY = ("########",) * 8, ("........",) * 8
+BLOCK = EMPTY[:3] + ("..##....", "..##....") + EMPTY[:3]
+
+
+@pytest.fixture
+def horse_mu():
+    return torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def confetti():
+    """A picture whose every pixel differs from its background: red, green and blue points, whose median is black."""
+    points = torch.randint(3, (64, 64), generator=torch.Generator().manual_seed(2))
+    return torch.nn.functional.one_hot(points, 3).permute(2, 0, 1).float()
+
+
+def compose_one(pv, vae, horse_mu, image, **fields):
+    """The code of one horse and one bird on its grid, (2, 16, 16)."""
+    z = pv.compose(vae, horse_mu[:1], image[None], [pv.Composition(bird=0, **fields)])
+    return z[0].unflatten(0, vae.decoder.grid)
+
+
+def test_no_chosen_blocks_return_the_horse(pv, grid_vae, horse_mu, confetti):
+    z = pv.compose(grid_vae, horse_mu, confetti.expand(3, -1, -1, -1), [pv.Composition(bird=0)] * 3)
+    assert torch.equal(z, horse_mu)
+
+
+@pytest.mark.parametrize("dark_winged, sign", [(False, 1), (True, -1)])
+def test_all_blocks_of_a_bird_that_covers_them_return_the_bird_or_its_negative(
+    pv, grid_vae, horse_mu, confetti, dark_winged, sign
+):
+    z = compose_one(pv, grid_vae, horse_mu, confetti, cells=FULL, dark_winged=dark_winged)
+    assert torch.allclose(z.flatten(), sign * pv.encode_mean(grid_vae, confetti[None])[0], atol=1e-4)
+
+
+def test_blocks_in_which_no_bird_is_seen_stay_the_horses(pv, grid_vae, horse_mu):
+    z = compose_one(pv, grid_vae, horse_mu, bar(8, 16, 24, 24), cells=FULL)
+    changed = (z != horse_mu[0].view(2, 16, 16)).all(dim=0).nonzero().tolist()
+    assert changed == [[row, column] for row in (4, 5) for column in (2, 3, 4, 5)]
+
+
+def test_chosen_blocks_are_soft_at_their_border_and_far_ones_stay(pv, grid_vae, horse_mu, confetti):
+    z = compose_one(pv, grid_vae, horse_mu, confetti, cells=BLOCK)  # cells 6 to 9, 4 to 7 of the grid
+    horse = horse_mu[0].view(2, 16, 16)
+    bird = pv.encode_mean(grid_vae, confetti[None])[0].view(2, 16, 16)
+    share = ((z - horse) / (bird - horse)).median(dim=0).values
+    expected = {(7, 5): 1, (6, 5): 2 / 3, (6, 4): 4 / 9, (5, 5): 1 / 3, (5, 4): 2 / 9, (5, 3): 1 / 9}
+    for place, value in expected.items():
+        assert share[place] == pytest.approx(value, abs=1e-2), place
+    assert torch.equal(z[:, :5], horse[:, :5]) and torch.equal(z[:, 11:], horse[:, 11:])
+    assert torch.equal(z[:, :, :3], horse[:, :, :3]) and torch.equal(z[:, :, 9:], horse[:, :, 9:])
+
+
+@pytest.mark.parametrize("dark_winged, sign", [(False, 1), (True, -1)])
+def test_a_cell_is_composed_by_the_formula(pv, grid_vae, horse_mu, dark_winged, sign):
+    image = bar(10, 17, 30, 30)
+    fields = {"cells": FULL, "scale": 0.9, "turn": 20, "right": 1, "dark_winged": dark_winged}
+    z = compose_one(pv, grid_vae, horse_mu, image, **fields)
+    placed = pv.place_bird(image, pv.Composition(bird=0, **fields))[None]
+    bird = pv.encode_mean(grid_vae, placed)[0].view(2, 16, 16)
+    sky = pv.encode_mean(grid_vae, torch.full_like(placed, 60 / 255))[0].view(2, 16, 16)
+    horse, cover = horse_mu[0].view(2, 16, 16), pv.bird_cover(placed, 16)[0]
+    partly = 0
+    for row in range(16):
+        for column in range(16):
+            h, b, s, k = horse[:, row, column], bird[:, row, column], sky[:, row, column], cover[row, column]
+            m = float(k > 0.05)
+            expected = h + m * ((sign * b - sign * s) + k * (sign * s - h))
+            assert torch.allclose(z[:, row, column], expected, atol=1e-4), (row, column)
+            partly += bool(0.05 < k < 0.95)
+    assert partly > 5
+
+
+def test_each_horse_gets_its_own_composition_whatever_its_neighbours_are(pv, grid_vae, horse_mu, confetti):
+    images = torch.stack([confetti, bar(8, 16, 24, 24), bar(30, 10, 60, 40)])
+    compositions = [
+        pv.Composition(bird=0, cells=BLOCK, turn=30),
+        pv.Composition(bird=0, cells=FULL, dark_winged=True),
+        pv.Composition(bird=0, cells=FULL, mirror=True, right=-2),
+    ]
+    together = pv.compose(grid_vae, horse_mu, images, compositions)
+    alone = [pv.compose(grid_vae, horse_mu[i : i + 1], images[i : i + 1], compositions[i : i + 1]) for i in range(3)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-4)

@@ -1,5 +1,6 @@
 """Training that can be stopped anywhere and resumed exactly, and files that are whole or refused."""
 
+import csv
 import errno
 import io
 import itertools
@@ -9,14 +10,17 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 from safetensors.torch import save_file
 
 SETTINGS = {"image_size": 32, "kl_weight": 0.1}  # ten steps in two epochs, less than half a second
@@ -97,6 +101,16 @@ def test_the_learning_rate_falls_linearly_from_its_first_value_towards_zero(pv):
     assert pv.learning_rate(cfg, 0) == 4e-4
     assert pv.learning_rate(cfg, 50) == pytest.approx(2e-4)
     assert pv.learning_rate(cfg, 99) == pytest.approx(4e-6)
+
+
+def test_each_epoch_is_trained_at_its_learning_rate(pv, cfg, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(pv, "learning_rate", lambda cfg, epoch: [1e-3, 0.0][epoch])
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self, *more: rates.append(self.param_groups[0]["lr"]) or step(self, *more)
+    )
+    pv.fit(cfg)
+    assert rates == [1e-3] * 5 + [0.0] * 5
 
 
 def test_training_learns(pv, cfg):
@@ -242,12 +256,12 @@ def train_and_die(settings, number, said):
     said.send("not killed")
 
 
-def test_a_run_killed_at_ten_random_moments_ends_bit_for_bit_like_one_that_was_not(pv, cfg, run):
+def test_a_run_killed_at_eight_random_moments_ends_bit_for_bit_like_one_that_was_not(pv, cfg, run):
     cfg = cfg.model_copy(update={"epochs": 4})
     expected, history = pv.fit(cfg.model_copy(update={"run_name": "undisturbed"}))
     processes, rng, log = multiprocessing.get_context("forkserver"), random.Random(0), []
     processes.set_forkserver_preload(["pegasus_vae"])  # imported once; each process starts from there
-    while len(log) < 10:
+    while len(log) < 8:
         told, said = processes.Pipe(duplex=False)
         number = rng.randint(1, 16)
         killed = processes.Process(target=train_and_die, args=(json.loads(cfg.model_dump_json()), number, said))
@@ -256,27 +270,33 @@ def test_a_run_killed_at_ten_random_moments_ends_bit_for_bit_like_one_that_was_n
         log.append(told.recv())
         killed.join(120)
         assert killed.exitcode == -signal.SIGKILL, log
-        states = [torch.load(path) for path in (run / "state.pt", run / "state.pt.previous") if path.exists()]
-        positions = [f"epoch {state['epoch'] + 1} step {state['step']}" for state in states]
-        print(f"kill {len(log):2}: {log[-1]:46} left: {' and '.join(positions) or 'nothing yet'}")
     assert len(set(log)) >= 4, "the kills must fall on different kinds of moment"
     vae, resumed = pv.fit(cfg)
     different = [n for n, t in vae.state_dict().items() if not torch.equal(t, expected.state_dict()[n])]
     assert different == [] and timeless(resumed) == timeless(history)
 
 
-# What each process of a team runs: train, and crash after the first epoch if told to.
+# What each process of a team runs: train the second of three epochs, report what was done, and die.
 MEMBER = """
 import json, os, sys
 import pegasus_vae as pv
 
-_, settings, crash, outcome = sys.argv
+_, settings, outcome = sys.argv
 seen, written, loss, write = [], [], pv.vae_loss, pv.write_atomically
 pv.vae_loss = lambda *arguments: seen.append(arguments[1]) or loss(*arguments)
-pv.write_atomically = lambda path, *more, **options: written.append(path) or write(path, *more, **options)
-vae, history = pv.fit(pv.Config(**json.loads(settings)), on_epoch=lambda *_: os._exit(3) if crash == "crash" else None)
-report = {"history": history, "weights": list(vae.parameters()), "seen": pv.torch.cat(seen), "written": len(written)}
-pv.torch.save(report, f"{outcome}{pv.RANK}.pt")
+pv.write_atomically = lambda path, *more: written.append(path) or write(path, *more)
+
+
+def report_and_die(vae, history):
+    report = {"history": history, "weights": list(vae.parameters()), "seen": pv.torch.cat(seen)}
+    pv.torch.save(report | {"written": len(written)}, f"{outcome}{pv.RANK}.pt")
+    pv.dist.barrier()
+    os._exit(3)
+
+
+cfg = pv.Config(**json.loads(settings))
+pv.join_team(cfg, pv.torch.device("cpu"))
+pv.fit(cfg, on_epoch=report_and_die)
 """
 
 
@@ -300,83 +320,100 @@ def assert_close(history, expected):
     assert [record["kl"] for record in history] == pytest.approx([record["kl"] for record in expected], rel=0.3)
 
 
-def test_two_processes_train_like_one_and_one_takes_up_what_two_began(pv, cfg, run, uninterrupted, team, tmp_path):
-    member = tmp_path / "member.py"
-    member.write_text(MEMBER)
-    stopped = team(2, member, cfg.model_dump_json(), "crash", tmp_path / "outcome")
-    assert stopped.returncode != 0 and not list(tmp_path.glob("outcome*"))
-    begun = pv.read_history(run / "history.csv")
-    assert_close(begun, uninterrupted[2][:1])
-    _, history = pv.fit(cfg)  # one process goes on
-    assert timeless(history)[:1] == timeless(begun)
-    assert_close(history, uninterrupted[2])
-
-
-def test_the_notebook_runs_under_torchrun_and_takes_up_what_one_process_began(pv, cfg, run, uninterrupted, team):
+def test_two_processes_go_on_where_one_stopped_share_its_batches_and_one_goes_on_after_them(
+    pv, cfg, run, team, tmp_path
+):
+    cfg = cfg.model_copy(update={"epochs": 3})
+    _, expected = pv.fit(cfg.model_copy(update={"run_name": "undisturbed"}))
     with pytest.raises(Crash):
         pv.fit(cfg, on_epoch=crash)
-    begun = pv.read_history(run / "history.csv")
-    flags = []
-    for field in ("output_dir", "checkpoint_dir", "image_size", "kl_weight"):
-        flags += [f"--{field.replace('_', '-')}", getattr(cfg, field)]
-    done = team(2, Path(__file__).parents[1] / "pegasus_vae.py", "--mode", "paper", *flags)
-    assert done.returncode == 0, done.stderr
-    history = pv.read_history(run / "history.csv")
-    assert timeless(history)[:1] == timeless(begun)
-    assert_close(history, uninterrupted[2])
-    assert done.stdout.count("\nmode paper") + done.stdout.startswith("mode paper") == 1  # one process speaks
-    assert done.stdout.count("pegasus.png") == 1 and (run / "pegasus_vae.safetensors").exists()
-
-
-def test_two_processes_share_each_batch_and_take_up_a_state_whose_last_save_was_torn(
-    pv, cfg, run, uninterrupted, team, tmp_path
-):
     member = tmp_path / "member.py"
     member.write_text(MEMBER)
-    with pytest.raises(Crash):
-        pv.fit(cfg, on_epoch=lambda vae, history: crash() if len(history) == 2 else None)
-    DAMAGE["truncated"](run / "state.pt")
-    done = team(2, member, cfg.model_dump_json(), "", tmp_path / "outcome")
-    assert done.returncode == 0, done.stderr
+    died = team(2, member, cfg.model_dump_json(), tmp_path / "outcome")
+    assert died.returncode != 0
     first, second = (torch.load(tmp_path / f"outcome{rank}.pt", weights_only=False) for rank in range(2))
-    assert_close(first["history"], uninterrupted[2])
+    assert timeless(first["history"])[:1] == timeless(expected)[:1]
+    assert_close(first["history"], expected[:2])
     assert all(torch.equal(*pair) for pair in zip(first["weights"], second["weights"]))
     everything = pv.load_images(cfg, "train+unlabeled")
     seen = (torch.cat([first["seen"], second["seen"]]) * 255).round().byte()
     assert sorted(image.tolist() for image in seen) == sorted(image.tolist() for image in everything)
     assert first["written"] > 0 == second["written"]
+    _, history = pv.fit(cfg)
+    assert timeless(history)[:2] == timeless(first["history"])
+    assert_close(history, expected)
+
+
+def test_the_notebook_trains_under_torchrun_and_goes_on_alone(cfg, run, uninterrupted, team, tmp_path):
+    script = Path(__file__).parents[1] / "pegasus_vae.py"
+    until_trained = script.read_text().split("# %% [markdown]\n# ## What it learned")[0]
+    (tmp_path / "part.py").write_text(until_trained + "\nprint('goes on:', RANK, ranks())\n")
+    flags = []
+    for field in ("output_dir", "checkpoint_dir", "image_size", "kl_weight"):
+        flags += [f"--{field.replace('_', '-')}", getattr(cfg, field)]
+    done = team(2, tmp_path / "part.py", "--mode", "paper", *flags)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if "goes on" in line] == ["goes on: 0 1"]
+    assert done.stdout.count("mode paper, seed 0") == 1  # one process speaks
+    assert (run / "pegasus_vae.safetensors").exists()
+    with open(run / "history.csv") as file:
+        assert_close([{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)], uninterrupted[2])
 
 
 @pytest.mark.parametrize("processes", [3, 20])
 def test_a_batch_that_cannot_be_shared_is_refused(pv, cfg, monkeypatch, processes):
-    monkeypatch.setattr(pv, "RANKS", processes)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(pv.ReaderError, match=f"{processes} processes cannot share a batch of 20 evenly, two"):
-        pv.fit(cfg)
+        pv.join_team(cfg, torch.device("cpu"))
 
 
-def test_images_that_do_not_fit_on_the_device_stay_where_they_are(pv):
-    class TooLarge:
-        def to(self, device):
-            raise torch.OutOfMemoryError
-
-    images = TooLarge()
-    assert pv.keep_near(images, "cuda") is images
-
-
-def test_compiling_is_tried_before_it_is_relied_on(pv, monkeypatch):
-    monkeypatch.setattr(pv.torch, "compile", crash)
-    assert not pv.compiles(torch.device("cpu"))
+def test_one_process_of_several_leaves_the_stop_button_alone(pv, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    with pv.stop_button():
+        assert signal.getsignal(signal.SIGINT) is not before
+    monkeypatch.setattr(pv, "ranks", lambda: 2)
+    with pv.stop_button():
+        assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("steps, compiled", [(1999, False), (2000, True)])
-def test_a_long_run_on_a_gpu_is_compiled_and_a_short_one_is_not(pv, cfg, monkeypatch, steps, compiled):
+@pytest.mark.parametrize("device, steps, compiled", [("cuda", 2000, True), ("cuda", 1999, False), ("cpu", 2000, False)])
+def test_only_a_long_run_on_a_gpu_is_compiled(pv, cfg, monkeypatch, device, steps, compiled):
     asked = []
     monkeypatch.setattr(pv.torch, "compile", lambda function, **how: asked.append(how) or function)
-    monkeypatch.setattr(pv, "compiles", lambda device: True)
-    vae = pv.VAE(cfg)
-    pv.loss_function(cfg, vae, torch.device("cuda"), steps)
-    pv.loss_function(cfg, vae, torch.device("cpu"), steps)
+    monkeypatch.setattr(pv, "device_of", lambda model: torch.device(device))
+    with torch._dynamo.config.patch(suppress_errors=False):  # set back afterwards
+        pv.loss_function(cfg, pv.VAE(cfg), steps)
     assert asked == [{"mode": "reduce-overhead"}] * compiled
+
+
+def test_a_learning_step_moves_each_weight_against_its_derivative_and_clears_it(pv, cfg):
+    vae, x = pv.VAE(cfg), torch.rand(4, 3, cfg.image_size, cfg.image_size)
+    before = [w.detach().clone() for w in vae.parameters()]
+    torch.manual_seed(1)
+    gradients = torch.autograd.grad(pv.batch_loss(vae, x, cfg).total, list(vae.parameters()))
+    optimizer, loss_of = torch.optim.SGD(vae.parameters(), lr=0.1), pv.loss_function(cfg, vae, 1)
+    torch.manual_seed(1)
+    loss = pv.learning_step(loss_of, optimizer, x)
+    for weight, old, gradient in zip(vae.parameters(), before, gradients):
+        assert torch.allclose(weight, old - 0.1 * gradient, atol=1e-6)
+        assert weight.grad is None or not weight.grad.any()
+    torch.manual_seed(1)
+    assert pv.learning_step(loss_of, optimizer, x).total < loss.total
+
+
+@pytest.mark.parametrize("kl_weight, reduction", [(0.3, "mean"), (0.01, "sum")])
+def test_the_loss_of_a_batch_is_that_of_a_draw_with_the_settings_weight_and_reduction(pv, cfg, kl_weight, reduction):
+    cfg = cfg.model_copy(update={"kl_weight": kl_weight, "reduction": reduction})
+    vae, x = pv.VAE(cfg), torch.rand(4, 3, cfg.image_size, cfg.image_size)
+    torch.manual_seed(1)
+    logits, mu, logvar = vae(x)
+    torch.manual_seed(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pv, "mixed_precision", lambda device: nullcontext())
+        assert torch.allclose(
+            torch.stack(pv.batch_loss(vae, x, cfg)),
+            torch.stack(pv.vae_loss(logits, x, mu, logvar, kl_weight, reduction)),
+        )
 
 
 def test_another_recipe_is_refused_with_each_difference_named_and_the_state_is_kept(pv, cfg, run):
@@ -416,82 +453,91 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", [*DAMAGE.values(), Path.unlink], ids=[*DAMAGE, "missing"])
-def test_a_damaged_state_falls_back_to_the_one_before_and_ends_the_same(pv, cfg, run, assert_same, damage):
-    pv.fit(cfg)
-    damage(run / "state.pt")
-    assert_same(pv.fit(cfg))
-    assert not (run / "sprung").exists()
+@pytest.fixture
+def begun(pv, cfg, run):
+    """The folder of a run that stopped after its first epoch."""
+    with pytest.raises(Crash):
+        pv.fit(cfg, on_epoch=crash)
+    return run
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_two_damaged_states_are_refused_by_name_and_never_executed(pv, cfg, run, damage):
-    pv.fit(cfg)
-    for name in ("state.pt", "state.pt.previous"):
-        damage(run / name)
-    with pytest.raises(pv.ReaderError, match=f"{run}/state.pt .*{run}/state.pt.previous"):
+def test_a_damaged_state_is_refused_by_name_never_executed_and_not_overwritten(pv, cfg, begun, damage):
+    damage(begun / "state.pt")
+    before = contents(begun)
+    with pytest.raises(pv.ReaderError, match=f"{begun}/state.pt cannot be read .*delete {begun} to start again"):
         pv.fit(cfg)
-    assert not (run / "sprung").exists()
+    assert contents(begun) == before and not (begun / "sprung").exists()
 
 
-@pytest.mark.parametrize("error", [PermissionError("no permission"), MemoryError("no room")])
-def test_a_state_that_cannot_be_read_now_is_no_damaged_one_and_is_kept(pv, cfg, run, assert_same, error, monkeypatch):
-    with pytest.raises(Crash):
-        pv.fit(cfg, on_epoch=crash)
-    before = {path: path.read_bytes() for path in run.iterdir()}
+def test_what_a_refusal_tells_to_do_helps(pv, cfg, begun, assert_same):
+    DAMAGE["truncated"](begun / "state.pt")
+    with pytest.raises(pv.ReaderError):
+        pv.fit(cfg)
+    shutil.rmtree(begun)
+    assert_same(pv.fit(cfg))
+
+
+@pytest.mark.parametrize(
+    "error, reason", [(OSError(errno.EIO, "I/O error"), "I/O error"), (MemoryError(), "MemoryError")]
+)
+def test_a_state_that_cannot_be_read_now_is_kept(pv, cfg, begun, assert_same, error, reason):
+    before = contents(begun)
 
     def fail(*_, **__):
         raise error
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pv.torch, "load", fail)
-        with pytest.raises(pv.ReaderError, match=f"state.pt cannot be read now .{error}.: mend that"):
+        with pytest.raises(pv.ReaderError, match=f"state.pt cannot be read .{reason}"):
             pv.fit(cfg)
-    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert contents(begun) == before
     assert_same(pv.fit(cfg))
-
-
-def test_the_reader_is_told_that_the_state_before_is_used(pv, cfg, run, capsys):
-    pv.fit(cfg)
-    DAMAGE["truncated"](run / "state.pt")
-    pv.fit(cfg)
-    assert f"{run / 'state.pt'} cannot be read: going on from {run / 'state.pt.previous'}" in capsys.readouterr().err
 
 
 def test_a_figure_that_cannot_be_written_does_not_end_the_run(pv, cfg, uninterrupted, monkeypatch, capsys):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pv, "cfg", cfg, raising=False)
     monkeypatch.setattr(pv, "show_rows", fail)
-    pv.watch(*uninterrupted[1:])
+    pv.watch(cfg, *uninterrupted[1:])
     assert "NOT drawn, training goes on" in capsys.readouterr().err
 
 
-def test_a_good_state_before_is_not_given_up_for_a_damaged_one(pv, cfg, run, assert_same):
-    with pytest.raises(Crash):
-        pv.fit(cfg, on_epoch=lambda vae, history: crash() if len(history) == 2 else None)
-    DAMAGE["truncated"](run / "state.pt")
+@pytest.mark.parametrize("epoch, drawn", [(1, True), (5, True), (6, False), (10, True), (11, False)])
+def test_the_reconstructions_are_redrawn_every_epoch_and_later_every_fifth(
+    pv, cfg, uninterrupted, monkeypatch, epoch, drawn
+):
+    shown = []
+    monkeypatch.setattr(pv, "show_rows", lambda path, rows, *_, **how: shown.append((path.name, len(rows), how)))
+    pv.watch(cfg, uninterrupted[1], [{"epoch": float(epoch)}])
+    assert shown == [("training.png", 2, {"update": True})] * drawn
+
+
+@pytest.mark.parametrize("name", ["state.pt", "history.csv", "pegasus_vae.safetensors"])
+def test_a_crash_just_before_a_file_takes_its_place_changes_nothing(pv, cfg, assert_same, name):
     with pytest.MonkeyPatch.context() as patch:
         replace = os.replace
-
-        def fail(source, target):  # the power fails when the next state is about to take its place
-            return crash() if Path(target).name == "state.pt" else replace(source, target)
-
-        patch.setattr(pv.os, "replace", fail)
+        patch.setattr(pv.os, "replace", lambda a, b: crash() if Path(b).name == name else replace(a, b))
         with pytest.raises(Crash):
             pv.fit(cfg)
     assert_same(pv.fit(cfg))
 
 
-@pytest.mark.parametrize("call", range(1, 6))
-def test_a_crash_while_saving_costs_no_more_than_an_epoch(pv, cfg, assert_same, call):
+def test_weights_that_cannot_be_written_are_asked_for_again(pv, cfg, run, assert_same):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     with pytest.MonkeyPatch.context() as patch:
-        original, count = os.replace, iter(range(1, 100))
-        patch.setattr(pv.os, "replace", lambda *names: crash() if next(count) == call else original(*names))
-        with pytest.raises(Crash):
+        patch.setattr(pv, "save_checkpoint", fail)
+        with pytest.raises(pv.ReaderError, match="safetensors NOT written .*No space left.*: make room"):
             pv.fit(cfg)
     assert_same(pv.fit(cfg))
+    assert (run / "pegasus_vae.safetensors").exists()
 
 
 def test_a_full_disk_does_not_end_the_run_but_is_reported(pv, cfg, assert_same, capsys):
@@ -511,8 +557,8 @@ def test_a_full_disk_does_not_end_the_run_but_is_reported(pv, cfg, assert_same, 
     assert "No space left on device" in said.out + said.err
 
 
-# On a disk of its own, too small for two states: train, make room, train again.
-FULL = """
+# On a disk of its own, too small for two states: train, make room, train again. Then on one that takes no files.
+DISKS = """
 import json, subprocess, sys
 import pegasus_vae as pv
 
@@ -525,55 +571,45 @@ print(*sorted(file.name for file in run.iterdir()), "epoch", pv.torch.load(run /
 subprocess.run(["mount", "-o", "remount,size=64m", cfg.checkpoint_dir], check=True)
 vae, history = pv.fit(cfg)
 pv.torch.save((vae.state_dict(), history), sys.argv[3])
+subprocess.run(["mount", "-o", "remount,ro", cfg.checkpoint_dir], check=True)
+for attempt in (lambda: pv.check_writable(cfg.checkpoint_dir, "PEGASUS_OUTPUT_DIR"), lambda: pv.fit(cfg)):
+    try:
+        attempt()
+    except pv.ReaderError as error:
+        print("refused:", error)
 """
 
 
-@pytest.fixture
-def with_mounts(tmp_path):
-    """with_mounts(script, ...): run a Python script in a process that may mount file systems of its own."""
+@pytest.fixture(scope="module")
+def disks(uninterrupted, tmp_path_factory):
+    """What DISKS says, with settings like the uninterrupted run's, and the file of the outcome."""
     if subprocess.run("unshare -rm mount -t tmpfs tmpfs /mnt", shell=True, capture_output=True).returncode:
         pytest.skip("this system lets no process mount file systems of its own (unshare -rm)")
+    folder, (cfg, _, _) = tmp_path_factory.mktemp("disks"), uninterrupted
+    state = (cfg.checkpoint_dir / "runs" / cfg.run_name / "state.pt").stat().st_size
+    cfg = cfg.model_copy(update={"output_dir": folder / "outputs", "checkpoint_dir": folder / "checkpoints"})
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"}
-
-    def with_mounts(script, *arguments):
-        command = ["unshare", "-rm", sys.executable, "-c", script, *map(str, arguments)]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-
-    return with_mounts
-
-
-def test_a_disk_that_is_really_full_costs_nothing_but_the_saving(pv, cfg, uninterrupted, with_mounts, tmp_path):
-    state = (uninterrupted[0].checkpoint_dir / "runs" / cfg.run_name / "state.pt").stat().st_size
-    done = with_mounts(FULL, cfg.model_dump_json(), int(state * 1.5), tmp_path / "outcome.pt")
+    arguments = [cfg.model_dump_json(), str(int(state * 1.5)), str(folder / "outcome.pt")]
+    command = ["unshare", "-rm", sys.executable, "-c", DISKS, *arguments]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+    return done, folder
+
+
+def test_a_disk_that_is_really_full_costs_nothing_but_the_saving(disks, uninterrupted):
+    done, folder = disks
     assert re.search("NOT saved, training goes on: .*state.pt: .*No space left on device", done.stderr), done.stderr
     assert "history.csv lock pegasus_vae.safetensors state.pt epoch 1\n" in done.stdout  # no half-written file is left
-    weights, history = torch.load(tmp_path / "outcome.pt")
+    weights, history = torch.load(folder / "outcome.pt")
     assert all(torch.equal(t, weights[name]) for name, t in uninterrupted[1].state_dict().items())
     assert timeless(history) == timeless(uninterrupted[2])
 
 
-READ_ONLY = """
-import runpy, subprocess, sys
-
-_, folder, *sys.argv = sys.argv
-subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], check=True)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize("setting", ["output_dir", "checkpoint_dir"])
-def test_a_read_only_folder_is_refused_in_one_line_that_names_the_setting(with_mounts, tmp_path, setting):
-    folder = tmp_path / "read-only"
-    folder.mkdir()
-    script = Path(__file__).parents[1] / "pegasus_vae.py"
-    flags = ["--mode", "smoke", "--output-dir", tmp_path / "outputs", "--checkpoint-dir", tmp_path / "checkpoints"]
-    flag = f"--{setting.replace('_', '-')}"
-    done = with_mounts(READ_ONLY, folder, script, *flags, flag, folder)
-    assert done.returncode == 1
-    reason = "Read-only file system): mend that, or name another folder with PEGASUS_" + setting.upper()
-    assert done.stderr.splitlines()[-1].startswith(f"error: cannot write to {folder}"), done.stderr
-    assert done.stderr.splitlines()[-1].endswith(reason) and "Traceback" not in done.stderr
+def test_a_read_only_folder_is_refused_by_name_with_its_setting(disks):
+    refused = [line for line in disks[0].stdout.splitlines() if line.startswith("refused")]
+    for line, setting in zip(refused, ("OUTPUT_DIR", "CHECKPOINT_DIR"), strict=True):
+        assert line.startswith(f"refused: cannot write to {disks[1]}/checkpoints")
+        assert line.endswith(f"Read-only file system): mend that, or name another folder with PEGASUS_{setting}")
 
 
 def spoil_loss(loss):
@@ -596,6 +632,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_state_survive
         pv.fit(cfg, on_epoch=lambda *_: saved.append((run / "state.pt").read_bytes()))
     assert saved == [(run / "state.pt").read_bytes()]
     assert_same(pv.fit(cfg))
+
+
+def test_a_run_that_is_stopped_when_its_loss_is_not_finite_keeps_the_last_good_state(pv, cfg, begun, at_step):
+    before = contents(begun)["state.pt"]
+    at_step(2, lambda loss: press_stop() or spoil_loss(loss))
+    with pytest.raises(pv.ReaderError, match="not finite at epoch 2, step 2"):
+        pv.fit(cfg)
+    assert contents(begun)["state.pt"] == before
 
 
 def test_the_first_step_without_a_finite_loss_is_named(pv, cfg, at_step):
