@@ -202,7 +202,7 @@ def test_a_bird_and_its_negative_stand_side_by_side_and_its_mark_goes_with_it(no
     until(lambda: numbers(dark) == sorted(picks()["bird"]), "in file order")
     box(dark, number).click()
     until(lambda: picks()["dark"] == [number], "marked")
-    until(lambda: "1 bird marked" in status(dark), "counted")
+    until(lambda: "1 marked as dark-winged" in status(dark), "counted")
     birds = notebook.picker("bird")
     until(lambda: number in ticked(birds), "the bird is on the page")
     box(birds, number).click()
