@@ -189,17 +189,14 @@ class Notebook:
         not drawn."""
         words = {"dark": "marked as dark-winged", "best": "best pegasi picked", "composer": r"horse \d+ of \d+"}
         status = re.compile(words.get(group, rf"\d+ {group}s picked"))
-        picker = self.page.locator(".pegasus-picker").filter(
-            has=self.page.get_by_role("status").filter(has_text=status)
-        )
-        picker = picker.last
-        picker.wait_for(state="attached")
+        status = self.page.get_by_role("status").filter(has_text=status)
+        picker = self.page.locator(".pegasus-picker").filter(has=status).last
 
         def drawn():
             picker.scroll_into_view_if_needed()
             return picker.get_by_role("status").inner_text()
 
-        until(drawn, f"the picker of {group} is drawn")
+        until(drawn, f"the picker of {group} is drawn", 300)  # after a reload Jupyter adds cells when it is idle
         return picker
 
 
