@@ -2061,17 +2061,17 @@ def contact_sheet(path, images, title, alt, columns=12):
 
 
 if __name__ == "__main__":
-    horse_picks, bird_picks, dark_winged = picks.require()  # picks_per_class each
-    counts = f"{len(horse_picks)} horses, {len(bird_picks)} birds, {dark_winged.sum()} with dark wings"
+    picks.take_up()
+    counts = f"{len(picks['horse'])} horses, {len(picks['bird'])} birds, {len(picks['dark'])} with dark wings"
     print(f"{picks.origin} picks: {counts}")
-    for group, chosen, sorts in (("horse", horse_picks, horse_sorts), ("bird", bird_picks, bird_sorts)):
-        name, order = next(iter(sorts.items()))
+    sheets = {"horse": (horses, horse_sorts, "Sheet of the picked horses, most of them white")}
+    sheets["bird"] = birds, bird_sorts, "Sheet of the picked birds, white ones and birds with open wings"
+    for group, (candidates, sorts, alt) in sheets.items():
+        chosen, (name, order) = picks[group], next(iter(sorts.items()))
         agreed = len(set(chosen) & set(order[: len(chosen)]))
         print(f"the sort {name!r} would have picked {agreed} of these {len(chosen)} {group}s")
-    alt = "Sheet of the picked horses, most of them white"
-    contact_sheet(cfg.output_dir / "horses.png", horses.images[horse_picks], "Picked horses", alt)
-    alt = "Sheet of the picked birds, white ones and birds with open wings"
-    contact_sheet(cfg.output_dir / "birds.png", birds.images[bird_picks], "Picked birds", alt)
+        if chosen:
+            contact_sheet(cfg.output_dir / f"{group}s.png", candidates.images[chosen], f"Picked {group}s", alt)
 
 # %% [markdown]
 # ### The pickers
@@ -2311,6 +2311,7 @@ def negation_correlation(vae, z):
 
 
 if __name__ == "__main__":
+    horse_picks, bird_picks, dark_winged = picks.require()  # picks_per_class each
     correlation = negation_correlation(vae, evenly_spread(all_codes, 256))
     print(f"length of the mean code {all_codes.mean(dim=0).norm():.1f}, mean length of a code {length:.1f}")
     print(f"D(z) and D(-z) of {len(correlation)} candidates correlate by {correlation.mean():.2f} on average,")

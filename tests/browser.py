@@ -1,6 +1,7 @@
 """A real JupyterLab, which also serves Notebook 7, and a real Chromium, for the tests of the pickers.
 
-python tests/browser.py          prints how fast the pickers are: first page, page flip, click to file
+python tests/browser.py     prints how fast the pickers are: first page, page flip, click to file, click to pegasus
+BROWSER_SLOWDOWN=4          makes every page as slow as on a processor of a quarter of the speed
 """
 
 import json
@@ -23,16 +24,29 @@ ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
+SLOWDOWN = float(os.environ.get("BROWSER_SLOWDOWN", 1))
 QUIET = ["--ServerApp.port_retries=0", "--IdentityProvider.token=pegasus"]
 
 
-def until(condition, what, seconds=20):
-    """Poll condition() until it is true and return what it returned; AssertionError after that many seconds."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-    return value
+def until(condition, what, seconds=60):
+    """Poll condition() until it is true without an exception, and return what it returned.
+
+    An exception is no answer: the file is not there yet, say, or a picture is replaced while it is read. After that many
+    seconds AssertionError, with the last exception.
+    """
+    started = time.monotonic()
+    while True:
+        try:
+            if value := condition():
+                return value
+            trouble = None
+        except Exception as error:
+            trouble = error
+        waited = time.monotonic() - started
+        if waited > seconds:
+            last = f"; last: {type(trouble).__name__}: {trouble}" if trouble else ""
+            raise AssertionError(f"not within {seconds} s: {what}{last}") from trouble
+        time.sleep(min(0.25, max(0.01, waited / 10)))  # no busier than needed: the kernel may share the processor
 
 
 class Jupyter:
@@ -56,7 +70,8 @@ class Jupyter:
         self.log = open(folder / "server.log", "w")
         environment = os.environ | own | settings | {"PYTHONPATH": ""}
         self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=self.log, stderr=self.log)
-        until(self.answers, f"the server starts, see {folder / 'server.log'}", 60)
+        until(self.answers, f"the server starts, see {folder / 'server.log'}", 300)
+        assert self.process.poll() is None, f"the server ended, see {folder / 'server.log'}"
 
     def close(self):
         self.process.terminate()
@@ -68,11 +83,8 @@ class Jupyter:
         self.log.close()
 
     def answers(self):
-        assert self.process.poll() is None, f"the server ended, see {self.folder / 'server.log'}"
-        try:
-            return self.sessions() is not None
-        except OSError:
-            return False
+        """Whether the server answers; one that has ended never will."""
+        return self.process.poll() is not None or self.sessions() is not None
 
     def sessions(self):
         with urllib.request.urlopen(f"{self.url}/api/sessions?token=pegasus", timeout=10) as answer:
@@ -103,47 +115,72 @@ class Notebook:
         self.name = f"{interface}.ipynb"  # a name of its own, and so a kernel of its own
         shutil.copy(jupyter.folder / "pegasus_vae.ipynb", jupyter.folder / self.name)
         self.page = browser.new_page(viewport={"width": 1300, "height": 1000})
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(60_000)
+        self.devtools = self.page.context.new_cdp_session(self.page)
+        self.devtools.send("Emulation.setCPUThrottlingRate", {"rate": SLOWDOWN})
         path = f"lab/tree/{self.name}" if interface == "lab" else f"notebooks/{self.name}"
-        self.page.goto(f"{jupyter.url}/{path}?token=pegasus", timeout=60_000)
+        self.page.goto(f"{jupyter.url}/{path}?token=pegasus", timeout=300_000)
         self.ready()
 
     def ready(self):
         """Wait for the kernel; where Jupyter asks which one, take the one it offers."""
-        idle = self.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first
-        dialog = self.page.locator(".jp-Dialog")
-        until(lambda: idle.count() or dialog.count(), "the notebook opens", 60)
-        if dialog.count():
-            self.page.keyboard.press("Enter")
-        idle.wait_for(timeout=60_000)
-        until(lambda: self.jupyter.idle(self.name), "the kernel is connected", 60)
+        idle = self.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
 
-    def menu(self, menu, item):
+        def connected():
+            if self.page.locator(".jp-Dialog").count():
+                self.page.keyboard.press("Enter")
+            return idle.count() and self.jupyter.idle(self.name)
+
+        until(connected, "the notebook opens and the kernel is connected", 300)
+
+    def menu(self, menu, *items):
+        """Choose an item of a menu, or of a menu in it."""
         self.page.get_by_role("menuitem", name=menu, exact=True).click()
-        self.page.locator(".lm-Menu-item").filter(has_text=item).first.click()
+        for item in items:
+            self.page.locator(".lm-Menu-item").filter(has_text=item).first.click()
+
+    def run(self, item, last):
+        """Choose an item of the menu Run and wait until the page shows that all has run; last: a file written by then."""
+        last = self.outputs / last
+        last.unlink(missing_ok=True)
+        waiting = "[...document.querySelectorAll('.jp-InputPrompt')].filter(e => e.textContent.includes('*')).length"
+        self.menu("Run", item)
+
+        def errors():
+            return self.page.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
+
+        def done():
+            return last.exists() and self.jupyter.idle(self.name) and not self.page.evaluate(waiting)
+
+        until(lambda: done() or errors(), f"the cells have run: {item}", 600)
+        assert not errors(), errors()
 
     def run_all(self):
-        """Run all cells and wait for the last figure."""
-        last = self.outputs / "composed_nearest.png"
-        last.unlink(missing_ok=True)
-        self.menu("Run", "Run All Cells")
-        until(lambda: last.exists() and self.jupyter.idle(self.name), "all cells have run", 120)
+        """Run all cells."""
+        self.run("Run All Cells", "title.png")
 
     def run_below(self):
-        """Run the cells from the contact sheets on, and wait for the last figure."""
-        last = self.outputs / "composed_nearest.png"
-        last.unlink(missing_ok=True)
-        cell = self.page.locator(".jp-CodeCell").filter(has_text="def contact_sheet(").locator(".cm-content")
-        self.picker("dark")  # the cell before: others may be out of sight, and not drawn
-        cell.click()
-        self.menu("Run", "Run Selected Cell and All Below")
-        until(lambda: last.exists() and self.jupyter.idle(self.name), "the cells below have run", 60)
+        """Run the cells from the contact sheets on."""
+        self.select(self.page.locator(".jp-CodeCell").filter(has_text="def contact_sheet("))
+        self.run("Run Selected Cell and All Below", "title.png")
+
+    def run_to(self, picker):
+        """Run the cells up to that of a picker, and this one."""
+        cell = picker.locator("xpath=ancestor::*[contains(@class, 'jp-CodeCell')]")
+        self.select(cell)
+        self.run("Run All Above Selected Cell", "birds.png")
+        self.select(cell)
+        self.page.keyboard.press("Control+Enter")
+
+    def select(self, cell):
+        """Put the cursor into a cell."""
+        code = cell.locator(".cm-content")
+        code.click(position={"x": 5, "y": 5})
+        until(lambda: code.evaluate("e => e.contains(document.activeElement)"), "the cursor is in the cell")
 
     def choose_theme(self, theme):
         """theme: "Light" or "Dark"."""
-        self.page.get_by_role("menuitem", name="Settings", exact=True).click()
-        self.page.locator(".lm-Menu-item").filter(has_text="Theme").first.hover()
-        self.page.locator(".lm-Menu-item").filter(has_text=f"JupyterLab {theme}").first.click()
+        self.menu("Settings", "Theme", f"JupyterLab {theme}")
         light = {"Light": "true", "Dark": "false"}[theme]
         self.page.locator(f"body[data-jp-theme-light={light}]").wait_for(state="attached")
 
@@ -152,56 +189,52 @@ class Notebook:
         not drawn."""
         words = {"dark": "marked as dark-winged", "best": "best pegasi picked", "composer": r"horse \d+ of \d+"}
         status = re.compile(words.get(group, rf"\d+ {group}s picked"))
-        picker = self.page.locator(".pegasus-picker").filter(
-            has=self.page.get_by_role("status").filter(has_text=status)
-        )
-        picker = picker.last
-        picker.wait_for(state="attached")
+        status = self.page.get_by_role("status").filter(has_text=status)
+        picker = self.page.locator(".pegasus-picker").filter(has=status).last
 
         def drawn():
             picker.scroll_into_view_if_needed()
             return picker.get_by_role("status").inner_text()
 
-        until(drawn, f"the picker of {group} is drawn")
+        until(drawn, f"the picker of {group} is drawn", 300)  # after a reload Jupyter adds cells when it is idle
         return picker
 
 
 def measure(notebook, picks):
-    """Print the seconds of ten first pages, page flips, and clicks until the file has followed."""
+    """Print the seconds of ten first pages, page flips, and clicks until file and picture have followed."""
     picker = notebook.picker("bird")
     seconds = {"first page of 40": [], "page flip, 40 new pictures": [], "click to file": [], "click to pegasus": []}
     undrawn = "imgs => imgs.length != 40 || imgs.some(i => i.dataset.seen || !i.complete || !i.naturalWidth)"
     mark = "imgs => imgs.forEach(i => { i.dataset.seen = 1 })"
 
-    def drawn(action):
-        """Seconds from the action until forty pictures are drawn that were not there before."""
-        picker.locator("img").evaluate_all(mark)
+    def timed(what, action, condition):
+        """Note the seconds from the action until the condition holds."""
         started = time.perf_counter()
         action()
-        until(lambda: not picker.locator("img").evaluate_all(undrawn), "the page is drawn")
-        return time.perf_counter() - started
+        until(condition, what)
+        seconds[what].append(time.perf_counter() - started)
 
-    code = picker.locator("xpath=ancestor::*[contains(@class, 'jp-CodeCell')]").locator(".cm-content")
+    def drawn():
+        """Whether forty pictures are drawn that were not there before."""
+        return not picker.locator("img").evaluate_all(undrawn)
+
     for _ in range(10):
-        code.click()
-        seconds["first page of 40"].append(drawn(lambda: notebook.page.keyboard.press("Control+Enter")))
+        notebook.select(picker.locator("xpath=ancestor::*[contains(@class, 'jp-CodeCell')]"))
+        picker.locator("img").evaluate_all(mark)
+        timed("first page of 40", lambda: notebook.page.keyboard.press("Control+Enter"), drawn)
     for _ in range(10):
-        following = picker.get_by_role("button", name="Next")
-        seconds["page flip, 40 new pictures"].append(drawn(following.click))
+        picker.locator("img").evaluate_all(mark)
+        timed("page flip, 40 new pictures", picker.get_by_role("button", name="Next").click, drawn)
     for turn in range(10):
         before = picks.read_bytes() if picks.exists() else b""
-        started = time.perf_counter()
-        picker.get_by_role("checkbox").nth(turn).click()
-        until(lambda: picks.exists() and picks.read_bytes() != before, "the file follows")  # noqa: B023
-        seconds["click to file"].append(time.perf_counter() - started)
+        follows = lambda: picks.exists() and picks.read_bytes() != before  # noqa: B023, E731
+        timed("click to file", picker.get_by_role("checkbox").nth(turn).click, follows)
     composer = notebook.picker("composer")
     pegasus = composer.get_by_role("img").last
-    for turn in range(10):
+    for _ in range(10):
         before = pegasus.get_attribute("src")
-        started = time.perf_counter()
-        composer.get_by_role("checkbox", name=re.compile("^row")).nth(27 + turn).evaluate("box => box.click()")
-        until(lambda: pegasus.get_attribute("src") != before, "the pegasus follows")  # noqa: B023
-        seconds["click to pegasus"].append(time.perf_counter() - started)
+        follows = lambda: pegasus.get_attribute("src") != before  # noqa: B023, E731
+        timed("click to pegasus", composer.get_by_role("checkbox", name="dark winged").click, follows)
     for what, values in seconds.items():
         numbers = [min(values), statistics.median(values), max(values)]
         print(f"{what:28}" + "".join(f"{number:8.2f}" for number in numbers))
