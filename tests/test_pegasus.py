@@ -255,13 +255,6 @@ def test_a_missing_class_or_file_of_codes_is_named(pv, shipped):
         pv.load_candidates(cfg, vae, "horse")
 
 
-def test_only_the_wanted_candidates_are_loaded_in_their_order(pv, cfg):
-    vae = pv.VAE(cfg)
-    everything, some = pv.load_candidates(cfg, vae, "bird"), pv.load_candidates(cfg, vae, "bird", only=[5, 2])
-    assert torch.equal(some.images, everything.images[[5, 2]]) and some.crc32 == [everything.crc32[i] for i in (5, 2)]
-    assert torch.allclose(some.latents, everything.latents[[5, 2]], atol=1e-5)
-
-
 # the code with places
 
 
