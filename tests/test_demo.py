@@ -68,11 +68,10 @@ def test_the_best_is_one_of_the_batch_enlarged(demo, kind):
     assert distances[0] < 4 < distances[1]  # of 255
 
 
-@pytest.mark.parametrize("name", ["pegasus", "pegasus_composed"])
-def test_picks_and_compositions_make_the_batches_that_ship(demo, name):
-    """Those were drawn with the photographs at hand; of another composition the difference is 20 and more."""
-    made, shipped = (read(folder / f"{name}.png").astype(float) for folder in (demo[0], ROOT / "checkpoints"))
-    assert made.shape == shipped.shape and abs(made - shipped).mean() < 2  # of 255
+def test_picks_and_compositions_make_the_title_that_ships(demo):
+    """It shows both batches. It was drawn with the photographs at hand, here the birds are those of the decoder."""
+    made, shipped = (read(folder / "title.png").astype(float) for folder in (demo[0], ROOT / "checkpoints"))
+    assert made.shape == shipped.shape and abs(made - shipped).mean() < 4  # of 255
 
 
 def test_it_says_what_it_used_and_where_the_pictures_went(demo):

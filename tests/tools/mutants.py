@@ -78,7 +78,7 @@ MUTANTS = {
     "changed entry loses its place": ("place = list(values).index(key) if key in values else position", "place = position"),
     "undo does nothing": ("self.apply(self.past.pop())", "self.past.pop()"),
     "picks of other data accepted": ("        if choices.data != self.data:", "        if False:"),
-    "damaged picks overwritten": ("            os.replace(self.path, aside)\n", ""),
+    "damaged picks overwritten": ("now {self.path.replace(aside)}", "now {aside}"),
     "impossible picks kept": ("for index in getattr(self, part) if index in allowed", "for index in getattr(self, part)"),
     "unpicked bird stays dark": ('mark = [("dark", index, None)] if', "mark = [] if"),
     "best kept with other parents": ('parents = json.dumps([self["horse"], self["bird"], sorted(self["dark"])])', "parents = json.dumps([])"),
@@ -118,6 +118,8 @@ MUTANTS = {
 
 def plant(name):
     """The text of pegasus_vae.py with this fault."""
+    if name not in MUTANTS:
+        raise SystemExit(f"there is no fault {name!r}, only {', '.join(MUTANTS)}")
     old, new = MUTANTS[name]
     text = (ROOT / "pegasus_vae.py").read_text()
     if text.count(old) != 1:
