@@ -2245,9 +2245,9 @@ class ImagePicker(Controls):
         order = [index for index in self.order if self.group != "dark" or index in pool]
         order = [index for index in order if show == "all" or (index in picked) == (show == "picked")]
         self.pages = max(1, math.ceil(len(order) / self.per_page))
-        self.page, self.trouble = min(max(0, page), self.pages - 1), None
-        start = self.page * self.per_page
+        start = min(max(0, page), self.pages - 1) * self.per_page
         self.grid.children = [self.cell(index) for index in order[start : start + self.per_page]]
+        self.page, self.trouble = start // self.per_page, None
         self.refresh_status()
 
     def refresh(self):

@@ -249,6 +249,7 @@ def test_a_flawed_file_of_stl10_is_named_and_leaves_no_cache(pv, stl10_cfg, stl1
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process's mapped files")
 def test_the_images_are_mapped_from_the_cache_and_not_read(pv, stl10_cfg):
+    pv.load_images(stl10_cfg, "test")  # makes the cache
     images = pv.load_images(stl10_cfg, "test")
     assert str(cache_of(stl10_cfg)) in Path("/proc/self/maps").read_text()
     assert len(images) == 3
@@ -303,7 +304,7 @@ def test_a_second_process_waits_for_the_first_ones_cache(pv, stl10_cfg, drawn, m
     def build_slowly(cfg, named, cache, stamp):
         made.append(cache)
         waits.wait(10)
-        build(cfg, named, cache, stamp)
+        return build(cfg, named, cache, stamp)
 
     monkeypatch.setattr(pv, "build_cache", build_slowly)
     with ThreadPoolExecutor() as pool:

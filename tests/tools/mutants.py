@@ -35,7 +35,7 @@ MUTANTS = {
     "few CPUs in bfloat16": ('for name in ("amx_bf16", "avx512_bf16")', 'for name in ("amx_bf16",)'),
     "Gaussian without covariance": ("codes.T.cov() + jitter", "jitter"),
     # the data
-    "rows for columns": ("picture.transpose(2, 1, 0)", "picture.transpose(1, 2, 0)"),
+    "rows for columns": ("source.transpose(2, 1, 0)", "source.transpose(1, 2, 0)"),
     "labels off by one": ("classes[label - 1]", "classes[label % len(classes)]"),
     "resize missing": ("ImageOps.fit(picture, (cfg.image_size,) * 2, Image.Resampling.BILINEAR)", "picture.crop((0, 0, cfg.image_size, cfg.image_size))"),
     "camera on its side": ("ImageOps.exif_transpose(picture).convert", "picture.convert"),
