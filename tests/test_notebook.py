@@ -40,7 +40,7 @@ def pictures(code_cells):
     """The content and the alternative text of each figure."""
     found = [(output, kind) for cell in code_cells for output in cell.outputs for kind in output.get("data", {})]
     found = [(output.data[kind], output.metadata[kind]["alt"]) for output, kind in found if kind.startswith("image/")]
-    assert len(found) >= 25, "the story has at least twenty-five figures"
+    assert len(found) >= 20, "the story has at least twenty figures"
     return found
 
 
