@@ -193,10 +193,13 @@ class Notebook:
         picker = self.page.locator(".pegasus-picker").filter(has=status).last
 
         def drawn():
+            if not picker.count():  # Jupyter adds cells when it is idle, and when one scrolls
+                self.page.locator(".jp-WindowedPanel-outer").evaluate("e => e.scrollBy(0, 2000)")
+                return False
             picker.scroll_into_view_if_needed()
             return picker.get_by_role("status").inner_text()
 
-        until(drawn, f"the picker of {group} is drawn", 300)  # after a reload Jupyter adds cells when it is idle
+        until(drawn, f"the picker of {group} is drawn", 300)
         return picker
 
 
