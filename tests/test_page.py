@@ -91,3 +91,8 @@ def test_on_paper_nothing_is_cut_off(html, tmp_path):
         paper.locator("details").evaluate_all("folds => folds.forEach(fold => fold.open = true)")
         assert paper.evaluate(CUT) == []
         assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+def test_links_of_the_contents_lead_to_headings(page):
+    targets = [link["href"][1:] for link in page.select("main a[href^='#']")]
+    assert len(targets) > 20 and [target for target in targets if not page.find(id=target)] == []

@@ -38,7 +38,7 @@ class PageRenderer(IPythonRenderer):
 
 def to_html(markdown):
     """HTML of a Markdown cell; pictures that it names, relative to the project, become part of it."""
-    renderer = PageRenderer(escape=False, embed_images=True, path=str(ROOT), exclude_anchor_links=True)
+    renderer = PageRenderer(escape=False, embed_images=True, path=str(ROOT), anchor_link_text="")
     return MarkdownWithMath(renderer).render(markdown)
 
 
