@@ -1583,10 +1583,10 @@ if __name__ == "__main__":
     print("after epoch {epoch:.0f}: BCE {test_bce:.4f}, PSNR {test_psnr:.2f} dB".format(**history[-1]))
 
 # %% [markdown]
-# Left and right are the same story told twice: reconstructions get closer to photographs that were never trained on
-# (512 of them; the table below takes all). The middle curve is what the code says about a picture at most. It must not fall
-# to zero, which would be a code that says nothing. A left curve that turned upward would mean overfitting: the network
-# memorises its training pictures.
+# Left and right are the same story told twice: reconstructions get closer to photographs that were never trained on. (The
+# shipped curve is of the first edition's softer held-out pictures, 512 of them; the table below takes all of today's.) The
+# middle curve is what the code says about a picture at most. It must not fall to zero, which would be a code that says
+# nothing. A left curve that turned upward would mean overfitting: the network memorises its training pictures.
 #
 # From here on we work with the test split's horses and birds, the *candidates* for picking. The folded cell loads
 # them with their codes. Without a data folder the shipped codes are decoded, and what you see is the decoder's idea of
