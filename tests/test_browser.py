@@ -276,7 +276,7 @@ def chosen_cells(composer):
 def test_a_click_on_a_cell_of_the_horse_takes_it_from_the_bird_and_the_pegasus_follows(notebook, composition, picks):
     composer = notebook.picker("composer")
     until(lambda: "first guess" in status(composer), "no composition yet")
-    assert picks()["compositions"] == {}
+    assert not picks() or picks()["compositions"] == {}
     until(lambda: len(chosen_cells(composer)) > 1, "the blocks of the first guess")
     guessed, before = chosen_cells(composer), shown(composer, "pegasus")
     row, column = guessed[len(guessed) // 2]  # the bird is seen there
