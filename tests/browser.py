@@ -194,7 +194,9 @@ class Notebook:
 
         def drawn():
             if not picker.count():  # Jupyter adds cells when it is idle, and when one scrolls
-                self.page.locator(".jp-WindowedPanel-outer").evaluate("e => e.scrollBy(0, 2000)")
+                below = "e.scrollTop + e.clientHeight < e.scrollHeight - 9"  # at the end, look again from the top
+                scroll = f"e => {below} ? e.scrollBy(0, 700) : e.scrollTo(0, 0)"
+                self.page.locator(".jp-WindowedPanel-outer").evaluate(scroll)
                 return False
             picker.scroll_into_view_if_needed()
             return picker.get_by_role("status").inner_text()
