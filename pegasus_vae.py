@@ -121,6 +121,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets import STL10
 from torchvision.datasets.utils import download_url, extract_archive
 from torchvision.transforms import InterpolationMode
@@ -644,6 +645,11 @@ def show_rows(path, rows, title, alt, heads=(), update=False):
 def as_float(images):
     """uint8 images as float32 in [0, 1]; floats pass unchanged."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def fingerprint(data):
+    """The CRC-32 of 64 rows of a tensor, evenly spread: enough to notice that it is another one."""
+    return zlib.crc32(evenly_spread(data, 64).cpu().numpy().tobytes())
 
 
 def evenly_spread(images, count):
@@ -1214,8 +1220,8 @@ def save_checkpoint(path, model, info):
     write_atomically(Path(path), save(weights, {"pegasus_vae": json.dumps(info)}))
 
 
-def load_checkpoint(path):
-    """Read weights written by save_checkpoint; returns (vae, info), the model on the CPU and in eval().
+def load_weights(path, build):
+    """Read weights written by save_checkpoint into the model build(info); returns (model, info), the model in eval().
 
     Raises ReaderError where the file is missing, damaged, or not a checkpoint of this notebook.
     """
@@ -1224,15 +1230,20 @@ def load_checkpoint(path):
         with safe_open(path, "pt") as file:
             info = json.loads(file.metadata()["pegasus_vae"])
             weights = {name: file.get_tensor(name) for name in file.keys()}
-        vae = VAE(Config.model_construct(**info["recipe"]))
-        vae.load_state_dict(weights)  # float16 into float32
+        model = build(info)
+        model.load_state_dict(weights)  # float16 into float32
     except FileNotFoundError:
         raise ReaderError(f"there are no weights at {path}: {mend}") from None
     except (SafetensorError, OSError) as error:
         raise ReaderError(f"{path} is damaged or no safetensors file ({error}): {mend}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         raise ReaderError(f"{path} holds no whole checkpoint of this notebook: {mend}") from None
-    return vae.to(memory_format=torch.channels_last).eval(), info
+    return model.to(memory_format=torch.channels_last).eval(), info
+
+
+def load_checkpoint(path):
+    """Read the weights of a VAE; returns (vae, info), on the CPU and in eval(). See load_weights for the errors."""
+    return load_weights(path, lambda info: VAE(Config.model_construct(**info["recipe"])))
 
 
 def weights_digest(vae):
@@ -1337,9 +1348,8 @@ class TrainingState:
         self.cfg, self.model, self.optimizer, self.data, self.names = cfg, model, optimizer, data, names
         self.folder = cfg.checkpoint_dir / "runs" / cfg.run_name
         self.path = self.folder / "state.pt"
-        fingerprint = zlib.crc32(evenly_spread(data, 64).cpu().numpy().tobytes())
         self.recipe = json.loads(cfg.model_dump_json(exclude=self.FREE))
-        self.recipe |= {"images": len(data), "data": fingerprint, "version": 1}
+        self.recipe |= {"images": len(data), "data": fingerprint(data), "version": 1}
         self.epoch, self.step, self.history, self.saved = 0, 0, [], time.monotonic()
         self.steps = len(data) // cfg.batch_size  # an incomplete last batch is left out
         self.losses = torch.zeros(self.steps, len(names), device=device_of(model))
@@ -1393,12 +1403,12 @@ class TrainingState:
             differ = ", ".join(f"{name} was {old}, is {new}" for name, old, new in differ)
             raise ReaderError(f"{self.path} has another recipe ({differ}): set it back or choose a new run_name")
 
-    def export(self, name):
-        """Write the weights as a checkpoint that ships, with their recipe; ReaderError if the disk is full."""
-        info = {"recipe": self.recipe, "device": str(device_of(self.model)), "torch": torch.__version__}
+    def export(self, name, model, **info):
+        """Write a model as a checkpoint that ships, with its recipe and info; ReaderError if the disk is full."""
+        info |= {"recipe": self.recipe, "device": str(device_of(self.model)), "torch": torch.__version__}
         try:
             if RANK == 0:
-                save_checkpoint(self.folder / name, self.model, info)
+                save_checkpoint(self.folder / name, model, info)
         except OSError as error:
             mend = "the training state is: make room and run this again"
             raise ReaderError(f"{self.folder / name} NOT written ({error}), {mend}") from None
@@ -1514,7 +1524,7 @@ def fit(cfg, on_epoch=None):
                 run.finish_epoch(dict(zip(names, evaluate(vae, held_out).mean(dim=0).tolist())))
                 if on_epoch:
                     on_epoch(vae, run.history)
-        run.export("pegasus_vae.safetensors")
+        run.export("pegasus_vae.safetensors", vae)
     return vae.eval(), run.history
 
 
@@ -3109,6 +3119,215 @@ if __name__ == "__main__":
     gap = torch.ones(3, height, 16)
     title = torch.cat([large, gap, batches[0], gap, batches[1]], dim=2)
     save_image(title, cfg.output_dir / "title.png")
+
+# %% [markdown]
+# ## A prior that knows pictures
+
+
+# %%
+class FlowBlock(nn.Module):
+    """A transformer layer, (N, tokens, width) -> the same; a condition (N, width) scales, shifts and gates its parts."""
+
+    def __init__(self, width, heads=4):
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(width, elementwise_affine=False)
+        self.to_queries_keys_values = nn.Linear(width, 3 * width)
+        self.to_output = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.modulate = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulate.weight)  # all gates closed: an untrained layer passes its input on
+        nn.init.zeros_(self.modulate.bias)
+
+    def attend(self, x):
+        """What each token gathers from all others."""
+        parts = self.to_queries_keys_values(x).unflatten(2, (3, self.heads, -1))
+        queries, keys, values = parts.permute(2, 0, 3, 1, 4)  # each (N, heads, tokens, width / heads)
+        likeness = queries @ keys.mT / keys.shape[-1] ** 0.5  # (N, heads, tokens, tokens)
+        return self.to_output((likeness.softmax(dim=-1) @ values).transpose(1, 2).flatten(2))
+
+    def forward(self, x, condition):
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulate(condition)[:, None].chunk(6, dim=2)
+        x = x + gate * self.attend(self.norm(x) * (1 + scale) + shift)
+        return x + gate_mlp * self.mlp(self.norm(x) * (1 + scale_mlp) + shift_mlp)
+
+
+class FlowPrior(nn.Module):
+    """The velocity field v(z_t, t, y) that carries noise to codes; a small transformer [12].
+
+    grid: (channels, rows, columns) of the codes; classes: their names, label 0 stands for none of them. forward: z_t
+    (N, latent_dim), standardised, t (N,) in [0, 1], labels (N,) -> velocities (N, latent_dim).
+    """
+
+    def __init__(self, grid, classes, width, depth=6):
+        super().__init__()
+        channels, side, _ = self.grid = tuple(grid)
+        self.classes = list(classes)
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))  # of the codes, for each channel
+        self.register_buffer("deviation", torch.ones(channels, 1, 1))
+        self.to_tokens = nn.Conv2d(channels, width, 2, stride=2)  # a token is a block of 2x2 cells
+        self.positions = nn.Parameter(0.02 * torch.randn(side**2 // 4, width))
+        self.register_buffer("frequencies", math.tau * torch.randn(width // 2))
+        self.embed_time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.embed_class = nn.Embedding(1 + len(classes), width)
+        self.blocks = nn.ModuleList(FlowBlock(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.to_velocity = nn.ConvTranspose2d(width, channels, 2, stride=2)
+        nn.init.zeros_(self.to_velocity.weight)
+
+    def forward(self, z_t, t, labels):
+        angles = t[:, None] * self.frequencies  # (N, width / 2)
+        condition = self.embed_time(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.embed_class(labels)
+        x = self.to_tokens(z_t.unflatten(1, self.grid))  # (N, width, 8, 8)
+        side = x.shape[2:]
+        x = x.flatten(2).mT + self.positions  # (N, 64, width)
+        for block in self.blocks:
+            x = block(x, F.silu(condition))
+        return self.to_velocity(self.norm(x).mT.unflatten(2, side)).flatten(1)
+
+    def standardise(self, codes):
+        """Codes (N, latent_dim) less the mean of their channel, divided by its standard deviation."""
+        return ((codes.unflatten(1, self.grid) - self.mean) / self.deviation).flatten(1)
+
+    def restore(self, z):
+        """The inverse of standardise."""
+        return (z.unflatten(1, self.grid) * self.deviation + self.mean).flatten(1)
+
+
+# %%
+def flow_matching_loss(prior, z, labels):
+    """Mean squared error of the velocities at random times of the lines from noise to standardised codes z.
+
+    z: (N, latent_dim); labels: (N,). Returns a scalar; 1 + the variance of z where the network knows nothing.
+    """
+    eps = torch.randn_like(z)
+    t = torch.sigmoid(torch.randn(len(z), device=z.device))  # (N,), most of them in the middle
+    z_t = (1 - t[:, None]) * eps + t[:, None] * z
+    with mixed_precision(z.device):
+        velocity = prior(z_t, t, labels)  # (N, latent_dim)
+    return F.mse_loss(velocity.float(), z - eps)
+
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+def load_codes(cfg, vae, split, classes, device):
+    """Codes of the images of a split and of their mirror images, float16 (N, 2, latent_dim), and labels (N,).
+
+    The codes are posterior means, cached on disk. Label 0: of none of the classes, else counted from 1.
+    """
+    images, labels, names = load_split(cfg, split)
+    labels = torch.tensor([classes.index(name) + 1 if name in classes else 0 for name in names])[labels]
+    name = f"codes-{split}-{weights_digest(vae)}-{fingerprint(images):08x}.safetensors"
+    cache = cfg.output_dir / "cache" / name
+    with FileLock(cache.with_suffix(".lock")):
+        with suppress(FileNotFoundError, SafetensorError), safe_open(cache, "pt") as file:
+            return file.get_tensor("codes").to(device), labels.to(device)
+        codes = torch.empty(len(images), 2, math.prod(vae.decoder.grid), dtype=torch.float16)
+        with mixed_precision(device_of(vae)):
+            for part, target in zip(progress(images.split(64), "encoding"), codes.split(64)):
+                target[:, 0], target[:, 1] = encode_mean(vae, part), encode_mean(vae, part.flip(3))
+        write_atomically(cache, save({"codes": codes}))
+    return codes.to(device), labels.to(device)
+
+
+# %%
+def fit_prior(cfg, vae):
+    """Train a FlowPrior on the codes that vae gives to the training images, or go on where the run was stopped.
+
+    Returns (prior, history), the prior with averaged weights and in eval(). Stops and raises as fit does.
+    """
+    if vae.decoder.grid[1] == 1:
+        raise ReaderError("a prior over codes needs a latent grid: latent_size above 1")
+    device = find_device(cfg)
+    cfg = cfg.model_copy(update={"run_name": f"{cfg.run_name}-prior", "lr": 1e-3})
+    classes = load_split(cfg, "train").classes
+    codes, labels = load_codes(cfg, vae, "train+unlabeled", classes, device)
+    test_codes, test_labels = (evenly_spread(part, 2048) for part in load_codes(cfg, vae, "test", classes, device))
+    labelled = labels.nonzero()[:, 0]
+    torch.manual_seed(cfg.seed)
+    prior = FlowPrior(vae.decoder.grid, classes, 3 * cfg.base_channels)
+    sample = evenly_spread(codes[:, 0], 10_000).float().unflatten(1, prior.grid).cpu()
+    prior.mean.copy_(sample.mean(dim=(0, 2, 3))[:, None, None])
+    prior.deviation.copy_(sample.std(dim=(0, 2, 3))[:, None, None])
+    average = AveragedModel(prior, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    both = nn.ModuleDict({"prior": prior, "average": average}).to(device)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=cfg.lr, fused=True)
+    with TrainingRun(cfg, both, optimizer, codes, ("loss",)) as run:
+        while run.epoch < cfg.epochs and not run.stopped.is_set():
+            for batch in run.batches():
+                done = run.epoch + run.step / run.steps  # in epochs
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(cfg, done) * min(1, (done * run.steps + 1) / 500)
+                known = labelled[torch.randint(len(labelled), batch.shape, device=device)]  # as many with a class
+                y = torch.cat([torch.zeros_like(batch), labels[known]])
+                mirrored = torch.randint(2, y.shape, device=device)
+                z = prior.standardise(
+                    codes[torch.cat([batch, known]), mirrored].float()
+                )  # (2 * batch_size, latent_dim)
+                loss = flow_matching_loss(prior, z, y)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                average.update_parameters(prior)
+                run.note(loss)
+            if run.step == run.steps:
+                torch.manual_seed(cfg.seed)  # the same noise after every epoch
+                with eval_mode(average):
+                    z = prior.standardise(test_codes[:, 0].float())
+                    test_loss = flow_matching_loss(average, z, test_labels).item()
+                run.finish_epoch({"test_loss": test_loss})
+        run.export("prior.safetensors", average.module, grid=prior.grid, classes=classes)
+    return average.module.eval(), run.history
+
+
+def load_prior(path):
+    """Read a prior that fit_prior wrote; returns (prior, info), on the CPU and in eval(). Errors as load_weights."""
+    return load_weights(
+        path, lambda info: FlowPrior(info["grid"], info["classes"], 3 * info["recipe"]["base_channels"])
+    )
+
+
+# %%
+def velocity(prior, z_t, t, label, guidance):
+    """The velocity of the flow at time t, a float, towards a class; guidance 1 takes it as learned. (N, latent_dim)."""
+    labels = torch.full((len(z_t),), label, device=z_t.device)
+    times = torch.full((len(z_t),), t, device=z_t.device)
+    if label == 0 or guidance == 1:
+        return prior(z_t, times, labels).float()
+    labels = torch.cat([labels, torch.zeros_like(labels)])
+    towards, anywhere = prior(z_t.repeat(2, 1), times.repeat(2), labels).float().chunk(2)
+    return anywhere + guidance * (towards - anywhere)
+
+
+def mend_codes(prior, z, strength, class_name=None, cells=None, seed=0, guidance=1, steps=16):
+    """Carry codes part of the way to noise, and let the flow bring them back.
+
+    z: (N, latent_dim); strength: 0 leaves them unchanged, 1 draws afresh. class_name: what they are to become, or None.
+    cells: bool (N, rows, columns), the only ones redrawn, while all others follow their code; None: all.
+    """
+    label = prior.classes.index(class_name) + 1 if class_name else 0
+    if strength == 0:
+        return z.clone()
+    device = device_of(prior)
+    known = prior.standardise(z.to(device))
+    eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    free = torch.ones_like(known, dtype=torch.bool)
+    if cells is not None:
+        free = cells[:, None].expand(-1, *prior.grid).flatten(1).to(device)
+    times = torch.linspace(1 - strength, 1, math.ceil(steps * strength) + 1).tolist()
+    z_t = (1 - times[0]) * eps + times[0] * known
+    with eval_mode(prior), mixed_precision(device):
+        for t, after in zip(times, times[1:]):
+            middle = (t + after) / 2
+            half = z_t + (middle - t) * velocity(prior, z_t, t, label, guidance)
+            z_t = z_t + (after - t) * velocity(prior, half, middle, label, guidance)
+            z_t = torch.where(free, z_t, (1 - after) * eps + after * known)
+    return torch.where(free.cpu(), prior.restore(z_t).cpu(), z)
+
+
+def draw_codes(prior, count, class_name=None, guidance=2, seed=0, steps=16):
+    """Draw codes (count, latent_dim) from the prior: a mending of strength 1 leaves nothing of the code it is given."""
+    nothing = torch.zeros(count, math.prod(prior.grid))
+    return mend_codes(prior, nothing, 1, class_name, seed=seed, guidance=guidance, steps=steps)
+
 
 # %% [markdown]
 # ## Limits
