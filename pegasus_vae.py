@@ -1766,6 +1766,9 @@ class Composition(BaseModel):
     cells: tuple[Annotated[str, Field(pattern="^[.#]{8}$")], ...] = Field(
         ("." * 8,) * 8, min_length=8, max_length=8, description="8x8 blocks of the picture, # for the bird's"
     )
+    mend: float = Field(
+        0, ge=0, le=1, description="how far the prior redraws the wing, see A prior that knows pictures"
+    )
     good: bool = Field(False, description="whether it is one of the best")
 
     @property
@@ -2746,25 +2749,6 @@ if __name__ == "__main__":
 # the grid says more about a picture, 909 nats instead of 198 at most, and legs, necks, and the feathers of a spread wing
 # are back; eyes and hair are not. If the rows looked alike, place would not have been what the paper's code lacked.
 #
-# Is it also the better *generator*? Draw from the prior, and from the Gaussian of the horses' and birds' codes:
-
-# %%
-if __name__ == "__main__":
-    torch.manual_seed(cfg.seed)
-    rows = {"N(0, I)": torch.randn(12, math.prod(grid))}
-    for name, candidates in (("horses", spatial_horses), ("birds", spatial_birds)):
-        rows[f"Gaussian\nof {name}"] = fit_gaussian(candidates.latents).sample((12,))
-    rows = {name: decode_images(spatial_vae, z) for name, z in rows.items()}
-    alt = "Three rows of twelve pictures: above a quilt of small patches, below soft scenes with ground and sky"
-    show_rows(cfg.output_dir / "spatial_prior.png", rows, "Draws on the grid", alt)
-
-# %% [markdown]
-# The prior chooses each cell by itself, and what comes out is a quilt of patches: it knows nothing of how neighbours
-# belong together, and with 256 places there is more of that to know. The Gaussian knows how cells vary together, and
-# turns the quilt into scenes. What is in them, one Gaussian cannot say. Whoever wants that trains a second model on the
-# grid of codes, which is how latent diffusion models [9] work. Rows that all look alike would mean a fitted covariance near
-# zero.
-#
 # ### The paper's recipe on the grid
 
 # %%
@@ -2825,6 +2809,11 @@ def bird_cover(placed, side):
     return F.adaptive_avg_pool2d(((differs - 0.06) / 0.15).clamp(0, 1), side)[:, 0]
 
 
+def chosen_blocks(compositions, side):
+    """Which of side x side cells, or pixels, lie in the chosen blocks, 0 or 1, (N, 1, side, side)."""
+    return F.interpolate(torch.stack([c.mask for c in compositions])[:, None].float(), (side, side))
+
+
 def compose(vae, horse_mu, bird_images, compositions):
     """Codes of horses with the wings of birds, as the compositions say.
 
@@ -2837,7 +2826,7 @@ def compose(vae, horse_mu, bird_images, compositions):
     bird_mu = sign * encode_mean(vae, placed)
     sky_mu = sign * encode_mean(vae, background(placed).expand_as(placed))
     cover = bird_cover(placed, side)  # (N, side, side)
-    chosen = F.interpolate(torch.stack([c.mask for c in compositions])[:, None].float(), (side, side))
+    chosen = chosen_blocks(compositions, side)
     chosen = F.avg_pool2d(chosen, 3, stride=1, padding=1, count_include_pad=False)[:, 0]  # softer at the border
     share, cover = (
         cells[:, None].expand(-1, *vae.decoder.grid).flatten(1)  # the same for all numbers of a cell
@@ -2875,6 +2864,7 @@ class ComposerPanels(Controls):
     """The widgets of the wing composer: fields {name: widget}, cells (64 checkboxes, row by row), and pictures."""
 
     SLIDERS = {"scale": (0.3, 2, 0.01), "turn": (-180, 180, 1), "right": (-8, 8, 0.25), "down": (-8, 8, 0.25)}
+    SLIDERS |= {"mend": (0, 1, 0.05)}
 
     def __init__(self, picks, bird_indices):
         super().__init__(picks, "composer")
@@ -2928,8 +2918,10 @@ class WingComposer(ComposerPanels):
     """Put wings on horses: choose a bird, place it, click on the blocks of the picture that are the bird's.
 
     vae: a model with a latent grid. horses, birds: all Candidates; horse_indices, bird_indices: those to choose from.
-    guesses: a Composition for each of the horses, shown where picks has none.
+    guesses: a Composition for each of the horses, shown where picks has none. prior: a FlowPrior that mends, or None.
     """
+
+    prior = None
 
     def __init__(self, vae, horses, birds, horse_indices, bird_indices, picks, guesses):
         super().__init__(picks, bird_indices)
@@ -2990,10 +2982,14 @@ class WingComposer(ComposerPanels):
         """Show the composition as it is now, whoever changed it."""
         composition, bird, self.trouble = self.composition, self.bird_image(), None
         mu = self.horses.latents[[self.horse]]
-        pegasus = decode_images(self.vae, compose(self.vae, mu, [bird], [composition]))[0]
+        z = compose(self.vae, mu, [bird], [composition])
+        if self.prior and composition.mend:
+            z = mend_codes(self.prior, z, composition.mend, cells=wing_cells([composition], self.vae.decoder.grid[1]))
+        pegasus = decode_images(self.vae, z)[0]
         shown = {"horse": as_float(self.horses.images[self.horse]), "bird": place_bird(bird, composition)}
         for name, image in (shown | {"pegasus": pegasus}).items():
             self.pictures[name].value = jpeg((image * 255).round().byte(), 256)
+        self.fields["mend"].disabled = self.prior is None
         for name, widget in self.fields.items():
             widget.value = getattr(composition, name)
         for box, cell in zip(self.cells, "".join(composition.cells)):
@@ -3086,7 +3082,7 @@ if __name__ == "__main__":
     drawn_horses, drawn_wings = (
         decode_images(spatial_vae, z) for z in (horse_z, sign * encode_mean(spatial_vae, placed))
     )
-    masks = F.interpolate(torch.stack([c.mask for c in made])[:, None].float(), drawn_horses.shape[2:])
+    masks = chosen_blocks(made, cfg.image_size)
     cover = F.interpolate(bird_cover(placed, side)[:, None], drawn_horses.shape[2:], mode="bilinear")
     pasted = drawn_horses + masks * cover * (drawn_wings - drawn_horses)
     regions = {"where the wing is": (masks * cover > 0.5)[:, 0], "elsewhere": (masks == 0)[:, 0]}
@@ -3122,6 +3118,46 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # ## A prior that knows pictures
+#
+# The paper calls VAEs generative models and never draws from the prior. Now the reason is plain: the decoder reads codes of
+# pictures, and these fill little of what $\mathcal N(0, I)$ offers. On the grid one sees how. Each cell by itself is much as
+# the prior wants it; but neighbours belong together, and the prior knows nothing of that:
+
+# %%
+if __name__ == "__main__":
+    cells = torch.cat([spatial_horses.latents, spatial_birds.latents]).unflatten(1, grid)  # (N, channels, side, side)
+    print(f"spread of a number {cells.std(dim=0).mean():.2f}; correlation with the same number of the cell")
+    for steps in (1, 2, 4, side // 2):
+        pair = cells[:, :, :, steps:], cells[:, :, :, :-steps]
+        here, there = ((part - part.mean(dim=0)).permute(1, 2, 3, 0) for part in pair)  # the last dimension: pictures
+        print(f"{steps} to the right: {F.cosine_similarity(here, there, dim=3).mean():.2f}, drawn from the prior: 0.00")
+    torch.manual_seed(cfg.seed)
+    rungs = {"N(0, I)": torch.randn(12, math.prod(grid))}
+    for name, candidates in (("horses", spatial_horses), ("birds", spatial_birds)):
+        rungs[f"Gaussian\nof {name}"] = fit_gaussian(candidates.latents).sample((12,))
+    rows = {name: decode_images(spatial_vae, z) for name, z in rungs.items()}
+    alt = "Three rows of twelve pictures: above a quilt of small patches, below soft scenes with ground and sky"
+    show_rows(cfg.output_dir / "spatial_prior.png", rows, "Draws on the grid", alt)
+
+# %% [markdown]
+# The prior chooses each cell by itself, and what comes out is a quilt. The Gaussian knows how cells vary together, and turns
+# the quilt into ground, sky, and a pale or dark middle. What stands there it cannot say: horses stand in many poses, and
+# a Gaussian has one centre. The next rung is a second network that learns the distribution of codes, whatever its
+# shape: the step from VAEs to latent diffusion [9].
+#
+# ### From noise to a code
+#
+# *Flow matching* [10, 11] joins each code $z$ to a draw of noise $\epsilon$ by a straight line, and lets a network learn the
+# velocity along it:
+#
+# $$z_t = (1 - t) \, \epsilon + t \, z, \qquad \min_v \; \mathbb E_{z, \epsilon, t} \, \big\| v(z_t, t, y) - (z - \epsilon) \big\|^2.$$
+#
+# Many lines cross at a place $z_t$, and the best the network can say is their mean, $\mathbb E[z - \epsilon \mid z_t]$. That is
+# enough: whoever starts from noise at $t = 0$ and always goes where $v$ points, arrives at $t = 1$ with the distribution
+# of the codes. $y$ is the class, 0 for any.
+#
+# The network is a transformer [12]. Its tokens are blocks of 2x2 cells; attention lets each ask all others. Time and class
+# scale, shift and gate what its layers do.
 
 
 # %%
@@ -3151,6 +3187,7 @@ class FlowBlock(nn.Module):
         return x + gate_mlp * self.mlp(self.norm(x) * (1 + scale_mlp) + shift_mlp)
 
 
+# %%
 class FlowPrior(nn.Module):
     """The velocity field v(z_t, t, y) that carries noise to codes; a small transformer [12].
 
@@ -3193,6 +3230,11 @@ class FlowPrior(nn.Module):
         return (z.unflatten(1, self.grid) * self.deviation + self.mean).flatten(1)
 
 
+# %% [markdown]
+# The loss in code. Times are drawn so that most fall in the middle of the line: near its ends there is little to learn, as
+# all that can be said is the mean of all codes, or the code itself.
+
+
 # %%
 def flow_matching_loss(prior, z, labels):
     """Mean squared error of the velocities at random times of the lines from noise to standardised codes z.
@@ -3205,6 +3247,13 @@ def flow_matching_loss(prior, z, labels):
     with mixed_precision(z.device):
         velocity = prior(z_t, t, labels)  # (N, latent_dim)
     return F.mse_loss(velocity.float(), z - eps)
+
+
+# %% [markdown]
+# Training goes through the same run as `fit`: exact resume, lock, stop button, history. Every batch has two halves. One is
+# of any training images, as class 0; the other is drawn from the 5,000 labelled ones. So ten small classes are learned beside
+# what all pictures have in common. What is kept is a running average of the weights (*EMA*), which follows the
+# trained ones slowly and jitters less. The folded cell encodes each image and its mirror image once, and caches the codes.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -3278,11 +3327,41 @@ def fit_prior(cfg, vae):
     return average.module.eval(), run.history
 
 
+# %%
 def load_prior(path):
     """Read a prior that fit_prior wrote; returns (prior, info), on the CPU and in eval(). Errors as load_weights."""
     return load_weights(
         path, lambda info: FlowPrior(info["grid"], info["classes"], 3 * info["recipe"]["base_channels"])
     )
+
+
+if __name__ == "__main__":
+    if cfg.mode == "demo":
+        prior, prior_info = load_prior(cfg.checkpoint_dir / "prior.safetensors")
+        prior_history = read_history(cfg.checkpoint_dir / "history_prior.csv")
+    else:
+        prior, prior_history = fit_prior(cfg if cfg.latent_size > 1 else spatial(cfg), spatial_vae)
+        if not prior_history:
+            raise ReaderError("stopped before the first epoch was complete: run this cell again to go on")
+    prior.to(device)
+    print(f"{sum(p.numel() for p in prior.parameters()):,} parameters")
+    for record in prior_history:
+        print("after epoch {epoch:.0f}: loss {loss:.3f}, held out {test_loss:.3f}".format(**record))
+
+# %% [markdown]
+# A network that knows nothing and says 0 has the loss 2 on standardised codes, the variance of noise and codes together. It
+# cannot fall to 0 either, since lines do cross.
+#
+# ### Draws
+#
+# To draw is to follow $v$ from noise to $t = 1$, in steps of the midpoint rule: look where $v$ points half a step on, and go
+# there from here. *Classifier-free guidance* [13] overstates the class: with $v_y$ for the class and $v_0$ for any,
+#
+# $$v = v_0 + g \, (v_y - v_0), \qquad g > 1.$$
+#
+# One function does this, and it can do more. It begins at any *strength* $s$: carry a code to $t = 1 - s$, where a share $s$ of
+# it is noise, and let the flow bring it back [14]. Strength 1 forgets the code and is a draw. And it can be told which *cells*
+# are free; the others are held on the line to their own code, so that what is redrawn fits to them.
 
 
 # %%
@@ -3327,6 +3406,32 @@ def draw_codes(prior, count, class_name=None, guidance=2, seed=0, steps=16):
     """Draw codes (count, latent_dim) from the prior: a mending of strength 1 leaves nothing of the code it is given."""
     nothing = torch.zeros(count, math.prod(prior.grid))
     return mend_codes(prior, nothing, 1, class_name, seed=seed, guidance=guidance, steps=steps)
+
+
+# %%
+if __name__ == "__main__":
+    rows = {f"horse, g = {g}": draw_codes(prior, 12, "horse", guidance=g, seed=1) for g in (1, 2, 4)}
+    rows["4 steps"] = draw_codes(prior, 12, "horse", seed=1, steps=4)
+    rows["bird, g = 2"] = draw_codes(prior, 12, "bird", seed=1)
+    rows = {name: decode_images(spatial_vae, z) for name, z in rows.items()}
+    alt = "Five rows of twelve drawn pictures; with guidance, horses on grounds; the last row birds"
+    show_rows(cfg.output_dir / "flow_draws.png", rows, "Draws from the prior that knows pictures", alt)
+    some = [draw_codes(prior, 3, name, guidance=3) for name in prior.classes]
+    rows = dict(enumerate(torch.stack([decode_images(spatial_vae, z) for z in some], dim=1)))
+    alt = "Three rows of drawn pictures, a column for each class"
+    show_rows(cfg.output_dir / "flow_classes.png", rows, "A draw of each class, g = 3", alt, prior.classes)
+
+# %% [markdown]
+# READING OF DRAWS
+
+# %% [markdown]
+# ### Mending
+
+
+# %%
+def wing_cells(compositions, side):
+    """Cells of the chosen blocks and those that touch them, which is what is mended: bool (N, side, side)."""
+    return F.max_pool2d(chosen_blocks(compositions, side), 3, stride=1, padding=1)[:, 0] > 0
 
 
 # %% [markdown]
