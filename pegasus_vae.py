@@ -744,31 +744,6 @@ if __name__ == "__main__":
 # would be a mistake.
 
 # %% [markdown]
-# Two small helpers, folded, serve everything after training.
-#
-# > Choice: encode and decode in evaluation mode, which `eval_mode` sets. Why: in training mode, batch norm would make
-# > a picture's code depend on the other pictures of its batch.
-
-
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-def device_of(model):
-    """The device that the model's weights are on."""
-    return next(model.parameters()).device
-
-
-@contextmanager
-def eval_mode(model):
-    """Within this context, the model is in evaluation mode and records no gradients."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
-# %% [markdown]
 # ## The loss
 #
 # **Paper.** Binary cross-entropy (BCE) of the logits plus 0.01 times the divergence,
@@ -1084,15 +1059,12 @@ def learning_step(loss_of, optimizer, x):
 # %% [markdown]
 # Two things make it fast, in the folded cell: convolutions in bfloat16 (16-bit numbers with float32's range) where the
 # hardware is made for it, while weights, loss and Adam stay in float32; and `channels_last`, which stores the channels
-# of a pixel side by side, the order in which fast convolutions want them.
+# of a pixel side by side, the order in which fast convolutions want them. `eval_mode` is for what follows the training.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def mixed_precision(device):
-    """Autocast to bfloat16 where the hardware multiplies it fast, or a context that does nothing.
-
-    Fast are NVIDIA GPUs since Ampere and CPUs with AMX or AVX-512's bfloat16 instructions.
-    """
+    """Autocast to bfloat16 where that is fast: on NVIDIA GPUs since Ampere, on CPUs with instructions for it."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:  # older releases of torch do not tell what a CPU can do
@@ -1106,6 +1078,23 @@ def prepare_batch(images, device):
     return as_float(images.to(device)).contiguous(memory_format=torch.channels_last)
 
 
+def device_of(model):
+    """The device that the model's weights are on."""
+    return next(model.parameters()).device
+
+
+@contextmanager
+def eval_mode(model):
+    """Within this context, the model is in evaluation mode and records no gradients."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 # %% [markdown]
 # Sixteen plain colours and a small network are enough to see it work:
 
@@ -1114,8 +1103,7 @@ if __name__ == "__main__":
     small = cfg.model_copy(update={"base_channels": 8, "latent_dim": 16, "latent_size": 1})
     trial = VAE(small).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(trial.parameters(), lr=4e-3)
-    colours = torch.rand(16, 3, 1, 1).expand(-1, -1, cfg.image_size, cfg.image_size)
-    colours = prepare_batch(colours, device)
+    colours = prepare_batch(torch.rand(16, 3, 1, 1).expand(-1, -1, cfg.image_size, cfg.image_size), device)
     losses = [learning_step(partial(batch_loss, trial, cfg=small), optimizer, colours).total for _ in range(60)]
     print("loss after 0, 20 and 59 steps:", ", ".join(f"{losses[step].item():.3f}" for step in (0, 20, 59)))
     assert losses[-1] < losses[0], "each step should help a little"
@@ -1126,14 +1114,15 @@ if __name__ == "__main__":
 # Whatever follows the training uses three functions. To *encode* is to take the posterior's mean, without noise. To
 # *evaluate* is to reconstruct a picture from its mean and compare: BCE and its floor, mean squared error (MSE), and
 # $\text{PSNR} = -10 \log_{10} \text{MSE}$ in decibels, where 3 more mean half the error.
+#
+# > Choice: evaluation mode. Why: in training mode, batch norm would make a picture's code depend on the others of its batch.
 
 
 # %%
 def encode_mean(vae, images):
     """Posterior means of images, computed in evaluation mode and in batches. Paper, section 1.6.
 
-    images: uint8 or floats in [0, 1], (N, 3, H, W). Returns (N, latent_dim), float32 on the CPU. A picture's code does
-    not depend on its neighbours.
+    images: uint8 or floats in [0, 1], (N, 3, H, W). Returns (N, latent_dim), float32 on the CPU.
     """
     with eval_mode(vae):
         batches = progress(images.split(64), "encoding")
@@ -1174,15 +1163,13 @@ def evaluate(vae, images):
 # %% [markdown]
 # ### The loop
 #
-# **Paper.** 100 epochs over 105,000 images in batches of 64: 10.5 million images. What makes that bearable, besides
-# the number format: all images stay on the device as bytes, and a batch is an index into them, so nothing is decoded
-# twice and no `DataLoader` is needed; losses stay on the device until a checkpoint is saved; on a GPU the forward and
-# backward pass are compiled. `tests/tools/benchmark.py` measures what each is worth against the usual pipeline.
-# In the first edition's measurement, on two cores of a Xeon with AMX and base width 32, `fit` made 265 images a second where
-# the usual pipeline made 87, nearly all of that by number format and layout; the other steps are for GPUs.
+# **Paper.** 100 epochs over 105,000 images in batches of 64: 10.5 million images. To make that bearable, all images stay
+# on the device as bytes, and a batch is an index into them, so that nothing is decoded twice and no `DataLoader` is needed;
+# losses stay there until a checkpoint is saved; on a GPU the forward and backward pass are compiled. On two cores of a Xeon
+# with AMX and base width 32, the first edition's `fit` made 265 images a second where the usual pipeline made 87, nearly all
+# of that by number format and layout; the rest is for GPUs. `tests/tools/benchmark.py` measures what each step is worth.
 #
-# > Choice: the last batch of an epoch is left out if it is incomplete. Why: all steps have the same shape, and batch
-# > norm the same statistics.
+# > Choice: the last batch of an epoch is left out if it is incomplete. Why: all steps have one shape, batch norm one count.
 #
 # The folded cells make it last. *Files* are written beside their final name, flushed, and renamed, so that a crash
 # leaves the old one or the new one, never half of one; shipped weights are safetensors, which cannot carry code.
@@ -1205,10 +1192,7 @@ def write_atomically(path, content):
 
 
 def save_checkpoint(path, model, info):
-    """Write the weights of a model to path as float16 safetensors.
-
-    info: a dict for JSON that describes them; info["recipe"] holds the settings.
-    """
+    """Write the weights of a model to path as float16 safetensors, with a dict for JSON, whose "recipe" is the settings."""
     weights = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
     weights = {name: t.cpu().contiguous() for name, t in weights.items()}
     write_atomically(Path(path), save(weights, {"pegasus_vae": json.dumps(info)}))
@@ -1219,19 +1203,15 @@ def load_checkpoint(path):
 
     Raises ReaderError where the file is missing, damaged, or not a checkpoint of this notebook.
     """
-    mend = "restore it (git checkout -- checkpoints), or train with --mode paper"
     try:
         with safe_open(path, "pt") as file:
             info = json.loads(file.metadata()["pegasus_vae"])
             weights = {name: file.get_tensor(name) for name in file.keys()}
         vae = VAE(Config.model_construct(**info["recipe"]))
         vae.load_state_dict(weights)  # float16 into float32
-    except FileNotFoundError:
-        raise ReaderError(f"there are no weights at {path}: {mend}") from None
-    except (SafetensorError, OSError) as error:
-        raise ReaderError(f"{path} is damaged or no safetensors file ({error}): {mend}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        raise ReaderError(f"{path} holds no whole checkpoint of this notebook: {mend}") from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        mend = "restore it (git checkout -- checkpoints), or train with --mode paper"
+        raise ReaderError(f"{path} holds no weights of this notebook ({type(error).__name__}): {mend}") from None
     return vae.to(memory_format=torch.channels_last).eval(), info
 
 
@@ -1259,43 +1239,11 @@ def read_history(path):
 # A *run* that was stopped goes on as if nothing had happened: on the same CPU to the last bit. So nothing random may
 # depend on how often it was started: the order of epoch $e$ is drawn from seed $10^9 s + e$, the noise of step $t$ from
 # seed $10^9 s + t$. State is saved after every epoch and every minute, and never over a good one when a loss is not
-# finite. A second process is kept out of the run's folder by a lock. The
-# last folded cell compiles the step, and averages gradients where several processes train.
+# finite. A lock keeps a second process out of the run's folder. The last folded cell compiles the step, and averages
+# gradients where several processes train. What is left is the recipe itself, `fit`.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-@contextmanager
-def stop_button():
-    """Turn SIGINT (Ctrl-C, Jupyter's stop button) into the threading.Event that is handed over.
-
-    Not among several processes: one that stops alone would leave the others waiting.
-    """
-    stopped = threading.Event()
-    if ranks() > 1 or threading.current_thread() is not threading.main_thread():  # the only one to get signals
-        yield stopped
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def run_lock(folder):
-    """Hold folder for this process and those trained with; ReaderError if another process holds it."""
-    check_writable(folder, "PEGASUS_CHECKPOINT_DIR")
-    if RANK > 0:
-        yield
-        return
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            yield
-    except Timeout:
-        mend = "wait for it or choose a new run_name"
-        raise ReaderError(f"another process is training in {folder}: {mend}") from None
-
-
 def ranks():
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -1305,8 +1253,7 @@ def join_team(cfg, device):
     """Connect the processes that torchrun started, if any; ReaderError if they cannot share a batch."""
     count = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % count or cfg.batch_size < 2 * count:  # batch norm needs two
-        share = f"share a batch of {cfg.batch_size} evenly, two images or more for each"
-        raise ReaderError(f"{count} processes cannot {share}: change either number")
+        raise ReaderError(f"{count} processes cannot share a batch of {cfg.batch_size} evenly, two images or more each")
     if count > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -1327,18 +1274,17 @@ class TrainingState:
 
     data: the training examples, a tensor of them; names: of the losses that a step reports. epoch, step: position of
     the next step, from 0; steps: how many an epoch has; losses: (steps, names), of this epoch so far, on the device;
-    history: one dict for each finished epoch.
+    history: one dict for each finished epoch; FREE: the settings that do not decide the result.
     """
 
-    FREE = {"mode", "data_dir", "output_dir", "checkpoint_dir", "run_name", "device"}  # do not decide the result
-    FREE |= {"horse_weight", "picks_per_class"}
+    FREE = {"mode", "data_dir", "output_dir", "checkpoint_dir", "run_name", "device", "horse_weight", "picks_per_class"}
 
     def __init__(self, cfg, model, optimizer, data, names):
         self.cfg, self.model, self.optimizer, self.data, self.names = cfg, model, optimizer, data, names
         self.folder = cfg.checkpoint_dir / "runs" / cfg.run_name
         self.path = self.folder / "state.pt"
         fingerprint = zlib.crc32(evenly_spread(data, 64).cpu().numpy().tobytes())
-        self.recipe = json.loads(cfg.model_dump_json(exclude=self.FREE))
+        self.recipe = cfg.model_dump(mode="json", exclude=self.FREE)
         self.recipe |= {"images": len(data), "data": fingerprint, "version": 1}
         self.epoch, self.step, self.history, self.saved = 0, 0, [], time.monotonic()
         self.steps = len(data) // cfg.batch_size  # an incomplete last batch is left out
@@ -1348,9 +1294,9 @@ class TrainingState:
 
     def check(self):
         """Raise ReaderError if a loss of this epoch, or a weight, is not finite."""
-        wrong = (~self.losses[: self.step].isfinite().all(dim=1)).nonzero()
-        place = f"epoch {self.epoch + 1}, step {wrong[0].item() + 1 if len(wrong) else self.step}"
-        if len(wrong) or not torch.stack([w.isfinite().all() for w in self.model.parameters()]).all():
+        finite = self.losses[: self.step].isfinite().all(dim=1).tolist()
+        if False in finite or not all(weight.isfinite().all() for weight in self.model.parameters()):
+            place = f"epoch {self.epoch + 1}, step {finite.index(False) + 1 if False in finite else self.step}"
             mend = f"lower the learning rate and choose a new run_name; {self.folder} keeps the last good state"
             raise ReaderError(f"the loss or the weights are not finite at {place}: {mend}")
 
@@ -1377,7 +1323,7 @@ class TrainingState:
         try:
             state = torch.load(self.path, "cpu", weights_only=True)  # never runs code from the file
             recipe, losses = state["recipe"], state["losses"]
-            differ = [(name, recipe.get(name), new) for name, new in self.recipe.items() if recipe.get(name) != new]
+            differ = [name for name, value in self.recipe.items() if recipe.get(name) != value]
             if not differ:
                 self.model.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -1390,7 +1336,7 @@ class TrainingState:
             reason = getattr(error, "strerror", None) or type(error).__name__  # torch's texts tell to run the file
             raise ReaderError(f"{self.path} cannot be read ({reason}): {mend}") from None
         if differ:
-            differ = ", ".join(f"{name} was {old}, is {new}" for name, old, new in differ)
+            differ = ", ".join(f"{name} was {recipe.get(name)}, is {self.recipe[name]}" for name in differ)
             raise ReaderError(f"{self.path} has another recipe ({differ}): set it back or choose a new run_name")
 
     def export(self, name):
@@ -1408,13 +1354,23 @@ class TrainingState:
 class TrainingRun(TrainingState):
     """A context in which a training goes on from its state: it locks the folder, resumes, and saves at the end.
 
-    stopped: the threading.Event that the stop button sets. Raises ReaderError for a folder that is in use.
+    stopped: a threading.Event, set by SIGINT (Ctrl-C, Jupyter's stop button), except among several processes: one that
+    stops alone would leave the others waiting. Raises ReaderError for a folder that is in use.
     """
 
     def __enter__(self):
+        check_writable(self.folder, "PEGASUS_CHECKPOINT_DIR")
+        self.stopped = threading.Event()
         with ExitStack() as stack:
-            stack.enter_context(run_lock(self.folder))
-            self.stopped = stack.enter_context(stop_button())
+            try:
+                if RANK == 0:
+                    stack.enter_context(FileLock(self.folder / "lock", timeout=0))
+            except Timeout:
+                mend = "wait for it or choose a new run_name"
+                raise ReaderError(f"another process is training in {self.folder}: {mend}") from None
+            if ranks() == 1 and threading.current_thread() is threading.main_thread():  # the only one to get signals
+                before = signal.signal(signal.SIGINT, lambda *_: self.stopped.set())
+                stack.callback(signal.signal, signal.SIGINT, before)
             self.resume()
             done, total = self.epoch * self.steps + self.step, self.cfg.epochs * self.steps
             words = {"desc": f"training {self.cfg.run_name}", "unit": "step", "disable": RANK > 0}
@@ -1465,10 +1421,7 @@ class TrainingRun(TrainingState):
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def loss_function(cfg, vae, steps):
-    """batch_loss as a function of the images alone, in the fastest form for a run of that many steps.
-
-    Its gradients are averaged over all processes that train together.
-    """
+    """batch_loss as a function of the images alone, fast in a run of that many steps, averaging over all processes."""
     model, device = DistributedDataParallel(vae) if ranks() > 1 else vae, device_of(vae)
 
     def loss_of(x):
@@ -1479,10 +1432,6 @@ def loss_function(cfg, vae, steps):
         torch._dynamo.config.suppress_errors = True  # without a C compiler or Triton the model runs as it is
         return torch.compile(loss_of, mode="reduce-overhead" if ranks() == 1 else None)
     return loss_of
-
-
-# %% [markdown]
-# What is left is the recipe itself:
 
 
 # %%
@@ -1549,8 +1498,7 @@ if __name__ == "__main__":
         history = read_history(cfg.checkpoint_dir / "history.csv")
         shape = ("image_size", "base_channels", "latent_dim", "latent_size", "blocks_per_stage")
         cfg = cfg.model_copy(update={field: info["recipe"][field] for field in shape})
-        trained = f"{info['data']}, {info['recipe']['epochs']} epochs, {info['device']}"
-        print(f"shipped weights, trained on {trained}")
+        print(f"shipped weights, trained on {info['data']}, {info['recipe']['epochs']} epochs, {info['device']}")
     else:
         originals = evenly_spread(load_images(cfg, "test"), 8)
         rows, alt = {"held out": originals}, "Eight held-out photographs"
