@@ -1678,15 +1678,15 @@ if __name__ == "__main__":
 # large outstretched wings. The birds with dark wings are marked, because their codes will be negated.
 #
 # A horse should be whole, pale, and alone, with its legs in sight; a bird pale, or wide, and not cut by the edge. A
-# head without a body makes a pegasus without a body, and whatever fills the picture besides the animal ends up in the
-# mixture too. These were picked by a vision-language model from enlarged sheets of all candidates, and paired by pose:
-# the first horse is mixed with the first bird. You see them first, and change them below.
+# head without a body makes a pegasus without a body, and whatever else fills the picture ends up in the mixture too.
+# These were picked by a vision-language model from enlarged sheets of all candidates, and paired by pose: the first horse
+# is mixed with the first bird. You see them first, and change them below.
 #
-# All that you choose goes to `outputs/picks.json`: picks, dark wings, the best pegasi, and later the places of wings.
-# The folded cells keep that file. **It is the state**: a change locks it, reads it, applies one edit, and writes it
-# atomically, so two notebooks on one file never lose each other's clicks, and undo takes back the latest. A damaged
-# file is set aside, one made on other pictures refused, and an entry that fits no candidate left out and reported.
-# Delete the file to get the shipped choices back.
+# The folded cells keep what you choose in `outputs/picks.json`: picks, dark wings, the best pegasi, and later the places
+# of wings. **The file is the state**: a change locks it, reads it, applies one edit, and writes it atomically, so two
+# notebooks on one file never lose each other's clicks, and undo takes back the latest. A damaged file is set aside, one
+# made on other pictures refused, an entry that fits no candidate left out and reported. Delete the file to get the shipped
+# choices back.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -1701,14 +1701,12 @@ class Composition(BaseModel):
     down: float = Field(0, ge=-8, le=8, description="how far the bird is moved down")
     mirror: bool = Field(False, description="whether the bird faces the other way")
     dark_winged: bool = Field(False, description="whether the bird's code is negated")
-    cells: tuple[Annotated[str, Field(pattern="^[.#]{8}$")], ...] = Field(
-        ("." * 8,) * 8, min_length=8, max_length=8, description="8x8 blocks of the picture, # for the bird's"
-    )
+    cells: tuple[Annotated[str, Field(pattern="^[.#]{8}$")], ...] = Field(("." * 8,) * 8, min_length=8, max_length=8)
     good: bool = Field(False, description="whether it is one of the best")
 
     @property
     def mask(self):
-        """Whether each of the 8x8 blocks comes from the bird, bool (8, 8)."""
+        """Whether each of the 8x8 blocks of the picture is the bird's, # in cells; bool (8, 8)."""
         return torch.tensor([[cell == "#" for cell in row] for row in self.cells])
 
 
@@ -1730,7 +1728,7 @@ class Choices(BaseModel):
     compositions: dict[int, Composition] = {}
 
     def put(self, part, key, value, position=None):
-        """Let a part hold value for key (True in a list), or nothing for None; returns the change that undoes it.
+        """Let a part hold value for key (True in a list; None: nothing), and return the change that undoes that.
 
         A key keeps its place in the part; a new one goes to the position, or to the end.
         """
@@ -1746,7 +1744,7 @@ class Choices(BaseModel):
     def leave_out(self, horses, birds):
         """Drop what is not among the indices of horses and birds, or comes twice; returns the names of that."""
         dropped = []
-        for part, allowed in (("horse", horses), ("bird", birds), ("dark", self.bird)):
+        for part, allowed in (("horse", horses), ("bird", birds), ("dark", set(self.bird) & set(birds))):
             entries = list(dict.fromkeys(index for index in getattr(self, part) if index in allowed))
             dropped += [f"a {part}"] * (entries != getattr(self, part))
             setattr(self, part, entries)
@@ -1785,11 +1783,12 @@ class ChoicesFile:
         self.data = "{} horses, {} birds, {}".format(*map(len, candidates.values()), digest)
         self.listeners, self.past, self.unsaved, self.notes = {}, [], [], []  # {name: function that follows changes}
         self.choices, self.origin, self.failure = Choices(data=self.data), "none", None
-        ours = parse_choices(shipped) if Path(shipped).exists() else self.choices
-        if ours is None:
-            raise ReaderError(f"{shipped} is damaged: restore it (git checkout -- checkpoints)")
-        if ours.data == self.data and ours is not self.choices:
-            self.choices, self.origin = ours, "shipped"
+        if Path(shipped).exists():
+            ours = parse_choices(shipped)
+            if ours is None:
+                raise ReaderError(f"{shipped} is damaged: restore it (git checkout -- checkpoints)")
+            if ours.data == self.data:
+                self.choices, self.origin = ours, "shipped"
         self.take_up()
 
     def read(self):
@@ -1812,7 +1811,8 @@ class ChoicesFile:
             if self.path.exists() and not self.unsaved:
                 before, self.choices = self.choices, self.read()
                 self.origin = "your own" if self.path.exists() else self.origin
-                self.notify(self.choices != before)
+                if self.choices != before:
+                    self.notify()
 
     def follow(self):
         """Take up what the file holds before a change; if that cannot be read, the change will say so."""
@@ -1844,12 +1844,12 @@ class ChoicesFile:
             self.choices, self.unsaved, self.failure = choices, [], None
         except (OSError, ReaderError) as error:
             self.failure = f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}"
-        self.notify(True)
+        self.notify()
         return inverse
 
-    def notify(self, changed):
-        """Tell all that show the choices, if they have changed."""
-        for listener in list(self.listeners.values()) * changed:
+    def notify(self):
+        """Tell all that show the choices."""
+        for listener in list(self.listeners.values()):
             listener()
 
 
@@ -1869,11 +1869,8 @@ class PicksFile(ChoicesFile):
 
     def __getitem__(self, group):
         with self.lock:
-            if group == "best":
-                return [
-                    position for position in self.choices.best.get(self.batch, []) if position in range(self.target)
-                ]
-            return list(getattr(self.choices, group))
+            entries = self.choices.best.get(self.batch, []) if group == "best" else getattr(self.choices, group)
+            return [index for index in entries if group != "best" or index in range(self.target)]
 
     def name_batch(self):
         """A name for the batch that the picks make: what draws it, and a digest of its parents."""
@@ -1922,7 +1919,7 @@ class PicksFile(ChoicesFile):
             self.edit(("compositions", horse, composition))
 
     def require(self):
-        """The picked horses and birds, and whether each bird is dark (bool tensor); ReaderError unless all are picked."""
+        """The picked horses and birds, and whether each bird is dark (bool tensor); ReaderError if some are missing."""
         self.take_up()
         for group in self.candidates:
             if surplus := len(self[group]) - self.target:
@@ -1941,17 +1938,14 @@ if __name__ == "__main__":
     picks = PicksFile(*files, crc32, cfg.picks_per_class, maker)
 
 # %% [markdown]
-# Nobody wants to leaf through hundreds of birds, so the folded cell sorts them for the pickers below. White animals stand out as a bright,
-# nearly grey middle before a darker border; wings as a shape that is much wider than an animal on its legs. Both are
-# crude measures of pixels. Once you have some picks, you can sort by likeness to their codes instead.
+# Nobody wants to leaf through hundreds of birds, so the folded cell sorts them for the pickers below. White animals stand
+# out as a bright, nearly grey middle before a darker border; wings as a shape that is much wider than an animal on its
+# legs. Both are crude measures of pixels. Once you have some picks, you can sort by likeness to their codes instead.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def whiteness(images):
-    """How white the middle half of each image is, 0 to 1: the mean over pixels of the smallest of R, G and B.
-
-    images: (N, 3, H, W). A pixel is white if none of its channels is small. Returns (N,).
-    """
+    """How white the middle half of each image (N, 3, H, W) is: the smallest of R, G and B, averaged; (N,), 0 to 1."""
     height, width = images.shape[2:]
     middle = as_float(images)[:, :, height // 4 : -height // 4, width // 4 : -width // 4]
     return middle.amin(dim=1).mean(dim=(1, 2))
@@ -1959,8 +1953,7 @@ def whiteness(images):
 
 def background(images):
     """Median colour (N, 3, 1, 1) of the left, right and top eighth of images (N, 3, H, W)."""
-    edge = images.shape[3] // 8
-    x = as_float(images)
+    x, edge = as_float(images), images.shape[3] // 8
     border = torch.cat([part.flatten(2) for part in (x[..., :edge], x[..., -edge:], x[:, :, :edge])], dim=2)
     return border.median(dim=2).values[:, :, None, None]
 
@@ -1980,10 +1973,7 @@ def widest_first(images):
 
 
 def most_like(latents, picked):
-    """Indices of latents (N, latent_dim), first those whose codes point the same way as the mean of the picked.
-
-    The direction is compared, not the length; without any picks, the order stays as it is.
-    """
+    """Indices of latents (N, latent_dim), first those that point the same way as the mean of the picked, if any."""
     if not picked:
         return list(range(len(latents)))
     wanted = latents[picked].mean(dim=0, keepdim=True)
@@ -2006,8 +1996,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### The sheets
 #
-# Run this cell, and those below it, again after you have changed picks in the pickers that follow (menu *Run*, *Run
-# Selected Cell and All Below*).
+# After changes in the pickers below, run this cell and what follows again (menu *Run*, *Run Selected Cell and All Below*).
 
 
 # %%
@@ -2034,9 +2023,9 @@ if __name__ == "__main__":
 # ### The pickers
 #
 # One checkbox a picture, forty pictures a page; click anywhere on the picture, or Tab to it and press Space. They need
-# a running kernel. A new pick goes to the end of its list, and those behind a removed one move up, each to another bird: to
-# exchange a pair, unpick its horse *and* its bird. While a checkbox has the focus, type no letters: Jupyter takes `x` for "cut this cell" (`z` brings
-# it back). Without widgets, `picks.change("horse", 606, True)` in a cell does what a click does.
+# a running kernel. A new pick goes to the end of its list, and those behind a removed one move up, each to another bird:
+# to exchange a pair, unpick its horse *and* its bird. While a checkbox has the focus, type no letters: Jupyter takes `x`
+# for "cut this cell" (`z` brings it back). Without widgets, `picks.change("horse", 606, True)` does what a click does.
 #
 # The folded cells are the pickers themselves. Every picture has a checkbox of its own for good, so that a click that
 # crosses with a page turn still marks the picture you saw.
@@ -2048,7 +2037,8 @@ PICKER_STYLE = """<style>
 .pegasus-picker .pegasus-grid { padding: 6px; }
 .pegasus-cell { position: relative; border-radius: 4px; margin: 2px; }
 .pegasus-cell .widget-checkbox, .pegasus-cell .widget-label-basic { position: static; width: auto; }
-.pegasus-cell .widget-label-basic::after { content: ""; position: absolute; inset: 0; cursor: pointer; }
+:is(.pegasus-cell, .pegasus-mask) .widget-label-basic::after { content: ""; position: absolute; inset: 0; }
+:is(.pegasus-cell, .pegasus-mask) .widget-label-basic { cursor: pointer; }
 .pegasus-cell input { position: relative; z-index: 1; }
 .pegasus-cell:has(input:checked) { outline: 3px solid var(--picked); font-weight: bold; }
 .pegasus-cell:has(input:focus-visible) { outline: 4px dashed var(--focus); }
@@ -2058,7 +2048,6 @@ PICKER_STYLE = """<style>
 .pegasus-mask .widget-checkbox { position: relative; margin: 0; width: auto; height: 100%; }
 .pegasus-mask .widget-checkbox { box-shadow: inset 0 0 0 0.5px rgba(255, 255, 255, 0.5); }
 .pegasus-mask .widget-label-basic { position: static; font-size: 0; width: 100%; height: 100%; }
-.pegasus-mask .widget-label-basic::after { content: ""; position: absolute; inset: 0; cursor: pointer; }
 .pegasus-mask input { margin: 2px; opacity: 0; }
 .pegasus-mask .widget-checkbox:has(input:checked) { box-shadow: inset 0 0 0 2px #56d364; }
 .pegasus-mask input:checked { opacity: 1; }
@@ -2137,8 +2126,7 @@ class ImagePicker(Controls):
     """Pick images by checkbox, page by page; every change goes to picks at once.
 
     picture: a function from an index to what is shown of it, uint8 (3, H, W). group: "horse", "bird", "dark" (shows the
-    picked birds) or "best". sorts: {name: indices in that order, or a function that computes them from the picks of the
-    group}.
+    picked birds) or "best". sorts: {name: indices in that order, or a function of the group's picks that gives them}.
     """
 
     def __init__(self, picture, picks, group, sorts, per_page=40):
@@ -2152,8 +2140,8 @@ class ImagePicker(Controls):
         narrow = {"layout": widgets.Layout(width="200px"), "style": {"description_width": "40px"}}
         self.sort = widgets.Dropdown(options=sorts, description="Sort", **narrow)
         self.show = widgets.Dropdown(options=["all", "picked", "not picked"], description="Show", **narrow)
-        self.sort.observe(lambda _: self.attempt(self.start), "value")
-        self.show.observe(lambda _: self.attempt(self.start), "value")
+        for menu in (self.sort, self.show):
+            menu.observe(lambda _: self.attempt(self.start), "value")
         self.add_button("Previous", lambda: self.go_to(self.page - 1))
         self.add_button("Next", lambda: self.go_to(self.page + 1))
         self.add_button("Undo", picks.undo)
@@ -2218,14 +2206,9 @@ class ImagePicker(Controls):
 # %%
 if __name__ == "__main__":
     horse_picker = ImagePicker(horses.images.__getitem__, picks, "horse", horse_sorts)
-    if in_notebook:
-        display(horse_picker)
-
-# %%
-if __name__ == "__main__":
     bird_picker = ImagePicker(birds.images.__getitem__, picks, "bird", bird_sorts)
     if in_notebook:
-        display(bird_picker)
+        display(horse_picker, bird_picker)
 
 # %% [markdown]
 # Now mark the birds whose wings are darker than what is behind them. A code and its negative swap light and dark (the
