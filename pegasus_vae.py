@@ -399,8 +399,7 @@ if __name__ == "__main__":
 #
 # **Paper.** No dropout [1] but batch normalisation [2], which keeps the activations in range and so allows a larger
 # learning rate. Residual connections [3], each of which skips, in effect, one convolution, two batch norms and one
-# non-linearity. Encoder and decoder are two classes, made of encoder blocks and decoder blocks; the decoder enlarges
-# by nearest neighbour.
+# non-linearity. Encoder and decoder are two classes, made of blocks; the decoder enlarges by nearest neighbour.
 #
 # > Choice: two convolutions and the resize on the main path, the resize and one convolution on the shortcut. Why: the
 # > block's drawing is lost, and this is the block whose paths differ by just what the sentence lists. The shortcut
@@ -435,10 +434,7 @@ class ResidualBlock(nn.Module):
 
 
 class EncoderBlock(ResidualBlock):
-    """A residual block that halves height and width by average pooling. Paper, section 1.4.
-
-    (N, in_channels, H, W) -> (N, out_channels, H / scale, W / scale)
-    """
+    """(N, in_channels, H, W) -> (N, out_channels, H / scale, W / scale), by average pooling. Paper, section 1.4."""
 
     def __init__(self, in_channels, out_channels, scale=2):
         super().__init__(in_channels, out_channels, nn.AvgPool2d(scale) if scale > 1 else nn.Identity())
@@ -455,10 +451,7 @@ if __name__ == "__main__":
 
 # %%
 class DecoderBlock(ResidualBlock):
-    """A residual block that doubles height and width by nearest neighbour. Paper, section 1.4.
-
-    (N, in_channels, H, W) -> (N, out_channels, H * scale, W * scale)
-    """
+    """(N, in_channels, H, W) -> (N, out_channels, H * scale, W * scale), by nearest neighbour. Paper, section 1.4."""
 
     def __init__(self, in_channels, out_channels, scale=2):
         super().__init__(in_channels, out_channels, nn.Upsample(scale_factor=scale) if scale > 1 else nn.Identity())
@@ -523,8 +516,7 @@ if __name__ == "__main__":
 class Decoder(nn.Module):
     """The likelihood p(x | z). Paper, section 1.4.
 
-    forward: codes z (N, latent_dim) -> logits (N, 3, image_size, image_size). grid: (channels, rows, columns) of the
-    latent grid; 1 row and 1 column in the paper's layout.
+    forward: codes z (N, latent_dim) -> logits (N, 3, image_size, image_size). grid: channels, rows and columns of z.
     """
 
     def __init__(self, cfg):
@@ -557,8 +549,7 @@ if __name__ == "__main__":
 class VAE(nn.Module):
     """Encoder, a draw from the posterior, decoder. Paper, section 1.4.
 
-    forward: images (N, 3, H, W) in [0, 1] -> (logits, mu, logvar), logits as the images, mu and logvar
-    (N, latent_dim).
+    forward: images (N, 3, H, W) in [0, 1] -> logits (N, 3, H, W), mu and logvar (N, latent_dim).
     """
 
     def __init__(self, cfg):
@@ -592,16 +583,13 @@ if __name__ == "__main__":
     assert parameters == 19_753_331 or size != (64, 64, 512, 1, 1)
 
 # %% [markdown]
-# Figures are saved as PNG in `outputs/`. Shown here, they carry a text for those who cannot see them. Most are rows of
-# small pictures, so one function draws these.
+# Figures are saved as PNG in `outputs/`, and shown here with a text for those who cannot see them. Most are rows of small
+# pictures, so one function draws these.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def show_picture(path, alt, update=False):
-    """Show the picture in a file as JPEG with alt text, or print its path in a script.
-
-    update: replace the picture of the same file that is already shown.
-    """
+    """Show the picture in a file with alt text, to update it in place of the earlier one; a script prints its path."""
     if get_ipython() is None:
         print(f"figure {path}")
         return
@@ -624,12 +612,10 @@ def show_rows(path, rows, title, alt, heads=(), update=False):
 
     rows: {label: (N, 3, H, W)}, uint8 or floats in [0, 1]. heads: what to write below the columns.
     """
-    columns = max(len(row) for row in rows.values())
-    strips = []
+    columns, pictures = max(len(row) for row in rows.values()), []
     for row in rows.values():
-        blanks = torch.ones(columns - len(row), *row.shape[1:])
-        strips.append(make_grid(torch.cat([as_float(row), blanks]), nrow=columns, padding=2, pad_value=1))
-    canvas = torch.cat(strips, dim=1)  # (3, rows * (H + 4), columns * (W + 2) + 2)
+        pictures += [as_float(row), torch.ones(columns - len(row), *row.shape[1:])]
+    canvas = make_grid(torch.cat(pictures), nrow=columns, padding=2, pad_value=1)  # (3, about rows * H, columns * W)
     height, width = canvas.shape[1:]
     figure, axes = plt.subplots(figsize=(10, 10 * height / width))
     axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="bicubic")
@@ -659,89 +645,78 @@ def evenly_spread(images, count):
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 BOX = {"ha": "center", "va": "center", "fontsize": 9, "bbox": {"boxstyle": "round", "fc": "white"}}
+LINE = {"color": "#777777", "zorder": 0}
+RED = {"color": "#a02020"}
 
 
-def draw_block(axes, title, block, y):
-    """Draw the modules of a ResidualBlock as two rows of boxes that meet in a sum, at height y of axes."""
-    names = {"Conv2d": "conv 3x3\n{0.in_channels} to {0.out_channels}", "BatchNorm2d": "batch norm"}
-    names |= {"LeakyReLU": "LeakyReLU", "AvgPool2d": "average\npool"}
-    names |= {"Upsample": "nearest\nx {0.scale_factor:g}", "Identity": "nothing"}
-    axes.text(-1.6, y - 0.7, title.replace(" ", "\n"), va="center", fontsize=10, weight="bold")
-    for path, height, columns in ((block.main, y, [0, 1, 2, 3, 4, 5]), (block.skip, y - 1.4, [3, 4])):
-        for x, module in zip(columns, path):
-            axes.text(x, height, names[type(module).__name__].format(module), **BOX)
-        heights = [y - 0.7, *[height] * len(columns), y - 0.7]
-        axes.plot([-0.6, *columns, 6.4], heights, color="#777777", zorder=0)
-    axes.plot([6.5, 8.4], [y - 0.7] * 2, color="#777777", zorder=0)
-    axes.text(6.5, y - 0.7, "+", **BOX | {"bbox": {"boxstyle": "circle", "fc": "white"}})
-    axes.text(7.6, y - 0.7, "LeakyReLU", **BOX)
+def draw_block(axes, name, block, y):
+    """Draw a ResidualBlock at height y of axes: the modules of its two paths, which meet in a sum."""
+    axes.text(-1.6, y, name, va="center", weight="bold")
+    for path, height, columns in ((block.main, y + 0.7, range(6)), (block.skip, y - 0.7, (3, 4))):
+        axes.plot([-0.6, *columns, 6.4], [y, *[height] * len(columns), y], **LINE)
+        for column, module in zip(columns, path):
+            text = type(module).__name__
+            if isinstance(module, nn.Conv2d):
+                text += f"\n{module.in_channels} to {module.out_channels}"
+            axes.text(column, height, text, **BOX)
+    axes.plot([6.4, 8.5], [y, y], **LINE)
+    axes.text(6.4, y, "+", **BOX)
+    axes.text(7.5, y, "LeakyReLU", **BOX)
 
 
 def draw_pipeline(axes, vae, cfg, title):
-    """Draw what each part of vae passes on, by sending one picture through; the height of a box is its resolution."""
-    arrow = {"arrowstyle": "->", "color": "#333333"}
-
-    def draw(x, name, shape, colour):
-        axes.add_patch(plt.Rectangle((x - 0.38, -height(shape)), 0.76, 2 * height(shape), fc=colour, ec="#333333"))
-        axes.text(x, 0, f"{shape[1]}\n{shape[2]}x{shape[3]}", ha="center", va="center", fontsize=9)
-        axes.text(x, -2.55, name, ha="center", va="top", fontsize=9)
-
-    def height(shape):
-        return 0.5 + 0.25 * math.log2(shape[-1])
-
+    """Draw what each part of vae passes on, by sending pictures through; the height of a box is its resolution."""
+    parts = [("image", "#eeeeee", nn.Identity())]
+    parts += [("encoder\nblock", "#cfe3f7", block) for block in vae.encoder.stages]
+    parts += [("code z", "#d8f0d2", vae.encoder.to_mu)]
+    parts += [("decoder\nblock", "#fde2c4", block) for block in vae.decoder.stages]
+    parts += [("logits", "#eeeeee", vae.decoder.to_logits)]
     x, column = torch.zeros(2, 3, cfg.image_size, cfg.image_size), 0  # batch norm needs two
-    draw(0, "image", x.shape, "#eeeeee")
-    with torch.no_grad():
-        for block in vae.encoder.stages:
-            axes.annotate("", (column + 0.62, 0), (column + 0.38, 0), arrowprops=arrow)
-            x, column = block(x), column + 1
-            draw(column, "encoder\nblock", x.shape, "#cfe3f7")
-        z = vae.encoder.to_mu(x)
-        for y, symbol in ((1.1, r"$\mu$"), (-1.1, r"$\sigma$")):
-            axes.annotate("", (column + 0.85, y), (column + 0.38, 0), arrowprops=arrow)
-            axes.annotate("", (column + 1.6, 0.2 * y), (column + 1.15, y), arrowprops=arrow)
-            axes.text(column + 1, y, f"{symbol}\n{math.prod(z.shape[1:])}", **BOX | {"fontsize": 10})
-        axes.text(column + 1, 2.6, r"KL to $\mathcal{N}(0, I)$", color="#a02020", ha="center", fontsize=10)
-        axes.annotate("", (column + 1, 1.75), (column + 1, 2.5), arrowprops=arrow | {"color": "#a02020"})
-        column, z = column + 2, z.view(2, *vae.decoder.grid)
-        draw(column, "code z", z.shape, "#d8f0d2")
-        axes.annotate(r"$\epsilon$", (column, -height(z.shape)), (column, -2.4), arrowprops=arrow, ha="center")
-        for block in vae.decoder.stages:
-            axes.annotate("", (column + 0.62, 0), (column + 0.38, 0), arrowprops=arrow)
-            z, column = block(z), column + 1
-            draw(column, "decoder\nblock", z.shape, "#fde2c4")
-        axes.annotate("", (column + 0.62, 0), (column + 0.38, 0), arrowprops=arrow)
-        draw(column + 1, "logits", vae.decoder.to_logits(z).shape, "#eeeeee")
-    axes.plot([0, 0, column + 1, column + 1], [2.2, 3.5, 3.5, 2.2], color="#a02020", linewidth=1)
-    axes.text((column + 1) / 2, 3.5, "BCE", **BOX | {"color": "#a02020", "fontsize": 10})
-    axes.set(xlim=(-0.6, max(12.6, column + 1.6)), ylim=(-3.6, 4))
-    axes.set_title(title, fontsize=11, loc="left")
-    axes.axis("off")
+    for name, colour, part in parts:
+        with torch.no_grad():
+            x = part(x)
+        height = 1 + math.log2(x.shape[3]) / 2
+        if name == "code z":
+            for y, symbol in ((1.1, r"$\mu$"), (-1.1, r"$\sigma$")):
+                axes.plot([column - 0.6, column, column + 0.6], [0, y, 0], **LINE)
+                axes.text(column, y, f"{symbol}\n{cfg.latent_dim}", **BOX)
+            axes.plot([column, column], [1.1, 2.6], **LINE | RED)
+            axes.text(column, 2.6, r"KL to $\mathcal{N}(0, I)$", **BOX, **RED)
+            column += 1
+            axes.plot([column, column], [0, -2.2], **LINE)
+            axes.text(column, -2.2, r"$\epsilon$", **BOX)
+        elif name != "image":
+            axes.plot([column - 1, column], [0, 0], **LINE)
+        axes.bar(column, height, 0.76, -height / 2, color=colour, edgecolor="#333333")
+        axes.text(column, 0, f"{x.shape[1]}\n{x.shape[2]}x{x.shape[3]}", ha="center", va="center", fontsize=9)
+        axes.text(column, -2.55, name, ha="center", va="top", fontsize=9)
+        column += 1
+    axes.plot([0, 0, column - 1, column - 1], [2.2, 3.5, 3.5, 2.2], linewidth=1, **RED)
+    axes.text((column - 1) / 2, 3.5, "BCE", **BOX, **RED)
+    axes.set(xlim=(-0.6, max(12.6, column - 0.4)), ylim=(-3.6, 4), title=title)
 
 
 # %%
 if __name__ == "__main__":
-    figure, panels = plt.subplots(3, 1, figsize=(11, 11.5), layout="constrained")
+    plain = {"frame_on": False, "xticks": [], "yticks": []}
+    figure, panels = plt.subplots(3, 1, figsize=(11, 11.5), layout="constrained", subplot_kw=plain)
     draw_pipeline(panels[0], vae, cfg, f"The paper's layout: all {cfg.latent_dim} numbers in one place")
     grid_cfg = spatial(cfg)
-    title = f"The grid layout: {grid_cfg.latent_dim} numbers with places"
-    draw_pipeline(panels[1], VAE(grid_cfg), grid_cfg, title)
-    draw_block(panels[2], "encoder block", vae.encoder.stages[0], y=0)
-    draw_block(panels[2], "decoder block", vae.decoder.stages[-1], y=-3.2)
-    panels[2].set(xlim=(-1.7, 9), ylim=(-5.2, 1))
-    panels[2].set_title("The inside of a block: main path above, shortcut below", fontsize=11, loc="left")
-    panels[2].axis("off")
-    alt = "Boxes joined by arrows: a picture shrinks through encoder blocks to mu and sigma, noise enters, and the "
+    draw_pipeline(panels[1], VAE(grid_cfg), grid_cfg, f"The grid layout: {grid_cfg.latent_dim} numbers with places")
+    draw_block(panels[2], "encoder\nblock", vae.encoder.stages[0], y=0)
+    draw_block(panels[2], "decoder\nblock", vae.decoder.stages[-1], y=-3)
+    title = "The inside of a block: main path above, shortcut below"
+    panels[2].set(xlim=(-1.7, 8.7), ylim=(-4.2, 1.2), title=title)
+    alt = "Boxes joined by lines: a picture shrinks through encoder blocks to mu and sigma, noise enters, and the "
     alt += "code grows through decoder blocks to logits; once for each layout; below, the inside of the blocks"
     show_figure(cfg.output_dir / "architecture.png", figure, alt)
 
 # %% [markdown]
-# Read the first row as an hourglass: 12,288 numbers become 512 and then 12,288 again, and nothing bypasses the waist.
-# Skip connections around it, as a U-Net has them, would spoil everything, since the code could then stay empty. The
-# loss holds on to it at two places, in red: the divergence to what the encoder says, BCE to what comes out. The
-# second row has a wider waist and a shallower network. Below, count along the two paths of a block: the main path has
-# one convolution, two batch norms and one activation more than the shortcut, as the paper says. A line around the waist
-# would be a mistake.
+# Read the first row as an hourglass: 12,288 numbers become 512 and then 12,288 again, and nothing bypasses the waist. A
+# line around it, like the skip connections of a U-Net, would be a mistake: the code could then stay empty. The loss holds
+# on to it at two places, in red: the divergence to what the encoder says, BCE to what comes out. The second row has a
+# wider waist and a shallower network. Below, count along the two paths of a block: the main path has one convolution, two
+# batch norms and one activation more than the shortcut, as the paper says.
 
 # %% [markdown]
 # ## The loss
