@@ -812,20 +812,13 @@ def learning_rate(cfg, epoch):
 # **Paper.** The whole of STL-10's [7] *train* and *unlabeled* splits, 105,000 photographs, resized to 64x64. The
 # pictures to pick horses and birds from come from the *test* split, which training never sees.
 #
-# Two layouts of `data_dir` are understood, and told apart by their folders. In paper mode a missing STL-10 is
-# downloaded and its MD5 checked.
-#
-# ```
-# data/stl10_binary/train_X.bin ...                  STL-10 as its authors publish it
-# data/train/<class>/  unlabeled/  test/<class>/     JPEG or PNG files in the same three splits
-# ```
-#
-# STL-10 stores a picture as 3 x 96 x 96 bytes *column by column*, so what looks like height is width; read row by
-# row, all horses lie on their side.
+# Two layouts of `data_dir` are understood: `stl10_binary/train_X.bin ...`, STL-10 as its authors publish it, and
+# `train/<class>/`, `unlabeled/`, `test/<class>/` with JPEG or PNG files in the same three splits. In paper mode a missing
+# STL-10 is downloaded and its MD5 checked. It stores a picture as 3 x 96 x 96 bytes *column by column*; read row by row,
+# all horses lie on their side.
 #
 # > Choice: Pillow's bilinear resize, which is what `transforms.Resize(64)` does, after a centre crop if the picture is
-# > not square. Why: Pillow resizes in integers, the same on every machine, so that a picture can be recognised by its
-# > checksum.
+# > not square. Why: Pillow resizes in integers, the same on every machine, so that checksums can recognise a picture.
 #
 # The folded cells find, fetch and read pictures; a broken file is reported and left out, a damaged archive refused.
 
@@ -855,10 +848,7 @@ def download_stl10(cfg):
 
 
 def stl10_pictures(folder, part):
-    """[(class name, uint8 (3, 96, 96), column-major), ...] of a part of STL-10; unlabeled ones have the class "".
-
-    Raises ReaderError if a file is missing or has a wrong size or label.
-    """
+    """[(class name or "", uint8 (3, 96, 96) by columns), ...] of a part of STL-10; ReaderError if it is not whole."""
     file = folder / f"{part}_X.bin"
     try:
         count, rest = divmod(file.stat().st_size, 3 * 96 * 96)
@@ -877,36 +867,21 @@ def stl10_pictures(folder, part):
     return list(zip(names, np.asarray(pixels)))  # views: nothing is read yet
 
 
-def read_picture(file):
-    """The picture in a file as a PIL image, upright, as it was photographed; None if it cannot be read."""
-    try:
-        with Image.open(file) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's words for damage
-        return None
-
-
 # %% [markdown]
 # Reading 113,000 files takes half a minute, and no epoch should wait for that. The next folded cell makes the images
 # once into one file of bytes that later starts map into memory; change one picture, and it is made again.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-class Split(NamedTuple):
-    """Pictures of a split: uint8 (N, 3, image_size, image_size), and for each the index of its name in classes."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    classes: list
-
-
 def load_split(cfg, split):
-    """The Split "train", "unlabeled", "test", or parts joined by "+", from a memory-mapped cache."""
+    """Images, labels and class names of "train", "unlabeled", "test", or parts joined by "+", from a mapped cache.
+
+    images: uint8 (N, 3, image_size, image_size); labels: (N,), the index of each one's name among the names.
+    """
     layout, parts = find_data(cfg), split.split("+")
     if layout is None:
         layouts = "STL-10's stl10_binary/, or folders train/<class>/, unlabeled/ and test/<class>/"
-        mend = f"put {layouts} there, or name another folder with PEGASUS_DATA_DIR"
-        raise ReaderError(f"no images in {cfg.data_dir}: {mend}")
+        raise ReaderError(f"no images in {cfg.data_dir}: put {layouts} there, or set PEGASUS_DATA_DIR")
     if layout == "stl10":
         files = sorted((cfg.data_dir / "stl10_binary").iterdir())
     else:
@@ -924,7 +899,7 @@ def load_split(cfg, split):
             with safe_open(cache, "pt") as file:
                 if file.metadata()["stamp"] == stamp:
                     classes = json.loads(file.metadata()["classes"])
-                    return Split(file.get_tensor("images"), file.get_tensor("labels"), classes)
+                    return file.get_tensor("images"), file.get_tensor("labels"), classes
         except (FileNotFoundError, SafetensorError, KeyError, TypeError):
             pass  # none, or not a whole one
         if layout == "stl10":
@@ -935,13 +910,15 @@ def load_split(cfg, split):
 
 
 def build_cache(cfg, named, cache, stamp):
-    """Write the images of (class name, file or pixels) pairs, resized, with their classes and a stamp; the Split."""
+    """Write the images of (class name, file or pixels) pairs, resized, and a stamp; returns what load_split does."""
     classes = sorted({name for name, _ in named})
     images, labels, unreadable = torch.empty(len(named), 3, *[cfg.image_size] * 2, dtype=torch.uint8), [], []
     for name, source in progress(named, f"reading {cache.stem}"):
         pixels = isinstance(source, np.ndarray)
-        picture = Image.fromarray(source.transpose(2, 1, 0)) if pixels else read_picture(source)
-        if picture is None:
+        try:
+            with Image.fromarray(source.transpose(2, 1, 0)) if pixels else Image.open(source) as picture:
+                picture = ImageOps.exif_transpose(picture).convert("RGB")  # upright, as it was photographed
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's words for damage
             unreadable.append(source.name)
             continue
         picture = ImageOps.fit(picture, (cfg.image_size,) * 2, Image.Resampling.BILINEAR)
@@ -955,7 +932,7 @@ def build_cache(cfg, named, cache, stamp):
     content = {"images": images[: len(labels)], "labels": torch.tensor(labels)}
     save_file(content, temporary, {"stamp": stamp, "classes": json.dumps(classes)})
     os.replace(temporary, cache)
-    return Split(*content.values(), classes)
+    return *content.values(), classes
 
 
 def load_images(cfg, split, class_name=None):
@@ -988,8 +965,8 @@ if __name__ == "__main__":
         if min(counts) < cfg.picks_per_class:
             raise ReaderError(f"too few to pick {cfg.picks_per_class} of each: lower PEGASUS_PICKS_PER_CLASS")
         sample = evenly_spread(train_images, 24)
-        alt = "Two rows of twelve small photographs: animals, vehicles, and pictures of many other kinds"
         rows = {"train +\nunlabeled": sample[:12], "": sample[12:]}
+        alt = "Two rows of twelve small photographs: animals, vehicles, and pictures of many other kinds"
         show_rows(cfg.output_dir / "data.png", rows, "Training images, as the network sees them", alt)
     else:
         print(f"no images in {cfg.data_dir}: the shipped codes are used, drawn by the decoder")
