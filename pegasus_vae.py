@@ -1144,7 +1144,7 @@ def write_atomically(path, content):
 
 
 def save_checkpoint(path, model, info):
-    """Write the weights of a model to path as float16 safetensors, with a dict for JSON, whose "recipe" is the settings."""
+    """Write the weights of a model to path as float16 safetensors, with info, a dict whose "recipe" is the settings."""
     weights = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
     weights = {name: t.cpu().contiguous() for name, t in weights.items()}
     write_atomically(Path(path), save(weights, {"pegasus_vae": json.dumps(info)}))
