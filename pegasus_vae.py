@@ -400,8 +400,7 @@ if __name__ == "__main__":
 #
 # **Paper.** No dropout [1] but batch normalisation [2], which keeps the activations in range and so allows a larger
 # learning rate. Residual connections [3], each of which skips, in effect, one convolution, two batch norms and one
-# non-linearity. Encoder and decoder are two classes, made of encoder blocks and decoder blocks; the decoder enlarges
-# by nearest neighbour.
+# non-linearity. Encoder and decoder are two classes, made of blocks; the decoder enlarges by nearest neighbour.
 #
 # > Choice: two convolutions and the resize on the main path, the resize and one convolution on the shortcut. Why: the
 # > block's drawing is lost, and this is the block whose paths differ by just what the sentence lists. The shortcut
@@ -436,10 +435,7 @@ class ResidualBlock(nn.Module):
 
 
 class EncoderBlock(ResidualBlock):
-    """A residual block that halves height and width by average pooling. Paper, section 1.4.
-
-    (N, in_channels, H, W) -> (N, out_channels, H / scale, W / scale)
-    """
+    """(N, in_channels, H, W) -> (N, out_channels, H / scale, W / scale), by average pooling. Paper, section 1.4."""
 
     def __init__(self, in_channels, out_channels, scale=2):
         super().__init__(in_channels, out_channels, nn.AvgPool2d(scale) if scale > 1 else nn.Identity())
@@ -456,10 +452,7 @@ if __name__ == "__main__":
 
 # %%
 class DecoderBlock(ResidualBlock):
-    """A residual block that doubles height and width by nearest neighbour. Paper, section 1.4.
-
-    (N, in_channels, H, W) -> (N, out_channels, H * scale, W * scale)
-    """
+    """(N, in_channels, H, W) -> (N, out_channels, H * scale, W * scale), by nearest neighbour. Paper, section 1.4."""
 
     def __init__(self, in_channels, out_channels, scale=2):
         super().__init__(in_channels, out_channels, nn.Upsample(scale_factor=scale) if scale > 1 else nn.Identity())
@@ -524,8 +517,7 @@ if __name__ == "__main__":
 class Decoder(nn.Module):
     """The likelihood p(x | z). Paper, section 1.4.
 
-    forward: codes z (N, latent_dim) -> logits (N, 3, image_size, image_size). grid: (channels, rows, columns) of the
-    latent grid; 1 row and 1 column in the paper's layout.
+    forward: codes z (N, latent_dim) -> logits (N, 3, image_size, image_size). grid: channels, rows and columns of z.
     """
 
     def __init__(self, cfg):
@@ -558,8 +550,7 @@ if __name__ == "__main__":
 class VAE(nn.Module):
     """Encoder, a draw from the posterior, decoder. Paper, section 1.4.
 
-    forward: images (N, 3, H, W) in [0, 1] -> (logits, mu, logvar), logits as the images, mu and logvar
-    (N, latent_dim).
+    forward: images (N, 3, H, W) in [0, 1] -> logits (N, 3, H, W), mu and logvar (N, latent_dim).
     """
 
     def __init__(self, cfg):
@@ -593,16 +584,13 @@ if __name__ == "__main__":
     assert parameters == 19_753_331 or size != (64, 64, 512, 1, 1)
 
 # %% [markdown]
-# Figures are saved as PNG in `outputs/`. Shown here, they carry a text for those who cannot see them. Most are rows of
-# small pictures, so one function draws these.
+# Figures are saved as PNG in `outputs/`, and shown here with a text for those who cannot see them. Most are rows of small
+# pictures, so one function draws these.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def show_picture(path, alt, update=False):
-    """Show the picture in a file as JPEG with alt text, or print its path in a script.
-
-    update: replace the picture of the same file that is already shown.
-    """
+    """Show the picture in a file with alt text, to update it in place of the earlier one; a script prints its path."""
     if get_ipython() is None:
         print(f"figure {path}")
         return
@@ -625,12 +613,10 @@ def show_rows(path, rows, title, alt, heads=(), update=False):
 
     rows: {label: (N, 3, H, W)}, uint8 or floats in [0, 1]. heads: what to write below the columns.
     """
-    columns = max(len(row) for row in rows.values())
-    strips = []
+    columns, pictures = max(len(row) for row in rows.values()), []
     for row in rows.values():
-        blanks = torch.ones(columns - len(row), *row.shape[1:])
-        strips.append(make_grid(torch.cat([as_float(row), blanks]), nrow=columns, padding=2, pad_value=1))
-    canvas = torch.cat(strips, dim=1)  # (3, rows * (H + 4), columns * (W + 2) + 2)
+        pictures += [as_float(row), torch.ones(columns - len(row), *row.shape[1:])]
+    canvas = make_grid(torch.cat(pictures), nrow=columns, padding=2, pad_value=1)  # (3, about rows * H, columns * W)
     height, width = canvas.shape[1:]
     figure, axes = plt.subplots(figsize=(10, 10 * height / width))
     axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="bicubic")
@@ -665,114 +651,78 @@ def evenly_spread(images, count):
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 BOX = {"ha": "center", "va": "center", "fontsize": 9, "bbox": {"boxstyle": "round", "fc": "white"}}
+LINE = {"color": "#777777", "zorder": 0}
+RED = {"color": "#a02020"}
 
 
-def draw_block(axes, title, block, y):
-    """Draw the modules of a ResidualBlock as two rows of boxes that meet in a sum, at height y of axes."""
-    names = {"Conv2d": "conv 3x3\n{0.in_channels} to {0.out_channels}", "BatchNorm2d": "batch norm"}
-    names |= {"LeakyReLU": "LeakyReLU", "AvgPool2d": "average\npool"}
-    names |= {"Upsample": "nearest\nx {0.scale_factor:g}", "Identity": "nothing"}
-    axes.text(-1.6, y - 0.7, title.replace(" ", "\n"), va="center", fontsize=10, weight="bold")
-    for path, height, columns in ((block.main, y, [0, 1, 2, 3, 4, 5]), (block.skip, y - 1.4, [3, 4])):
-        for x, module in zip(columns, path):
-            axes.text(x, height, names[type(module).__name__].format(module), **BOX)
-        heights = [y - 0.7, *[height] * len(columns), y - 0.7]
-        axes.plot([-0.6, *columns, 6.4], heights, color="#777777", zorder=0)
-    axes.plot([6.5, 8.4], [y - 0.7] * 2, color="#777777", zorder=0)
-    axes.text(6.5, y - 0.7, "+", **BOX | {"bbox": {"boxstyle": "circle", "fc": "white"}})
-    axes.text(7.6, y - 0.7, "LeakyReLU", **BOX)
+def draw_block(axes, name, block, y):
+    """Draw a ResidualBlock at height y of axes: the modules of its two paths, which meet in a sum."""
+    axes.text(-1.6, y, name, va="center", weight="bold")
+    for path, height, columns in ((block.main, y + 0.7, range(6)), (block.skip, y - 0.7, (3, 4))):
+        axes.plot([-0.6, *columns, 6.4], [y, *[height] * len(columns), y], **LINE)
+        for column, module in zip(columns, path):
+            text = type(module).__name__
+            if isinstance(module, nn.Conv2d):
+                text += f"\n{module.in_channels} to {module.out_channels}"
+            axes.text(column, height, text, **BOX)
+    axes.plot([6.4, 8.5], [y, y], **LINE)
+    axes.text(6.4, y, "+", **BOX)
+    axes.text(7.5, y, "LeakyReLU", **BOX)
 
 
 def draw_pipeline(axes, vae, cfg, title):
-    """Draw what each part of vae passes on, by sending one picture through; the height of a box is its resolution."""
-    arrow = {"arrowstyle": "->", "color": "#333333"}
-
-    def draw(x, name, shape, colour):
-        axes.add_patch(plt.Rectangle((x - 0.38, -height(shape)), 0.76, 2 * height(shape), fc=colour, ec="#333333"))
-        axes.text(x, 0, f"{shape[1]}\n{shape[2]}x{shape[3]}", ha="center", va="center", fontsize=9)
-        axes.text(x, -2.55, name, ha="center", va="top", fontsize=9)
-
-    def height(shape):
-        return 0.5 + 0.25 * math.log2(shape[-1])
-
+    """Draw what each part of vae passes on, by sending pictures through; the height of a box is its resolution."""
+    parts = [("image", "#eeeeee", nn.Identity())]
+    parts += [("encoder\nblock", "#cfe3f7", block) for block in vae.encoder.stages]
+    parts += [("code z", "#d8f0d2", vae.encoder.to_mu)]
+    parts += [("decoder\nblock", "#fde2c4", block) for block in vae.decoder.stages]
+    parts += [("logits", "#eeeeee", vae.decoder.to_logits)]
     x, column = torch.zeros(2, 3, cfg.image_size, cfg.image_size), 0  # batch norm needs two
-    draw(0, "image", x.shape, "#eeeeee")
-    with torch.no_grad():
-        for block in vae.encoder.stages:
-            axes.annotate("", (column + 0.62, 0), (column + 0.38, 0), arrowprops=arrow)
-            x, column = block(x), column + 1
-            draw(column, "encoder\nblock", x.shape, "#cfe3f7")
-        z = vae.encoder.to_mu(x)
-        for y, symbol in ((1.1, r"$\mu$"), (-1.1, r"$\sigma$")):
-            axes.annotate("", (column + 0.85, y), (column + 0.38, 0), arrowprops=arrow)
-            axes.annotate("", (column + 1.6, 0.2 * y), (column + 1.15, y), arrowprops=arrow)
-            axes.text(column + 1, y, f"{symbol}\n{math.prod(z.shape[1:])}", **BOX | {"fontsize": 10})
-        axes.text(column + 1, 2.6, r"KL to $\mathcal{N}(0, I)$", color="#a02020", ha="center", fontsize=10)
-        axes.annotate("", (column + 1, 1.75), (column + 1, 2.5), arrowprops=arrow | {"color": "#a02020"})
-        column, z = column + 2, z.view(2, *vae.decoder.grid)
-        draw(column, "code z", z.shape, "#d8f0d2")
-        axes.annotate(r"$\epsilon$", (column, -height(z.shape)), (column, -2.4), arrowprops=arrow, ha="center")
-        for block in vae.decoder.stages:
-            axes.annotate("", (column + 0.62, 0), (column + 0.38, 0), arrowprops=arrow)
-            z, column = block(z), column + 1
-            draw(column, "decoder\nblock", z.shape, "#fde2c4")
-        axes.annotate("", (column + 0.62, 0), (column + 0.38, 0), arrowprops=arrow)
-        draw(column + 1, "logits", vae.decoder.to_logits(z).shape, "#eeeeee")
-    axes.plot([0, 0, column + 1, column + 1], [2.2, 3.5, 3.5, 2.2], color="#a02020", linewidth=1)
-    axes.text((column + 1) / 2, 3.5, "BCE", **BOX | {"color": "#a02020", "fontsize": 10})
-    axes.set(xlim=(-0.6, max(12.6, column + 1.6)), ylim=(-3.6, 4))
-    axes.set_title(title, fontsize=11, loc="left")
-    axes.axis("off")
+    for name, colour, part in parts:
+        with torch.no_grad():
+            x = part(x)
+        height = 1 + math.log2(x.shape[3]) / 2
+        if name == "code z":
+            for y, symbol in ((1.1, r"$\mu$"), (-1.1, r"$\sigma$")):
+                axes.plot([column - 0.6, column, column + 0.6], [0, y, 0], **LINE)
+                axes.text(column, y, f"{symbol}\n{cfg.latent_dim}", **BOX)
+            axes.plot([column, column], [1.1, 2.6], **LINE | RED)
+            axes.text(column, 2.6, r"KL to $\mathcal{N}(0, I)$", **BOX, **RED)
+            column += 1
+            axes.plot([column, column], [0, -2.2], **LINE)
+            axes.text(column, -2.2, r"$\epsilon$", **BOX)
+        elif name != "image":
+            axes.plot([column - 1, column], [0, 0], **LINE)
+        axes.bar(column, height, 0.76, -height / 2, color=colour, edgecolor="#333333")
+        axes.text(column, 0, f"{x.shape[1]}\n{x.shape[2]}x{x.shape[3]}", ha="center", va="center", fontsize=9)
+        axes.text(column, -2.55, name, ha="center", va="top", fontsize=9)
+        column += 1
+    axes.plot([0, 0, column - 1, column - 1], [2.2, 3.5, 3.5, 2.2], linewidth=1, **RED)
+    axes.text((column - 1) / 2, 3.5, "BCE", **BOX, **RED)
+    axes.set(xlim=(-0.6, max(12.6, column - 0.4)), ylim=(-3.6, 4), title=title)
 
 
 # %%
 if __name__ == "__main__":
-    figure, panels = plt.subplots(3, 1, figsize=(11, 11.5), layout="constrained")
+    plain = {"frame_on": False, "xticks": [], "yticks": []}
+    figure, panels = plt.subplots(3, 1, figsize=(11, 11.5), layout="constrained", subplot_kw=plain)
     draw_pipeline(panels[0], vae, cfg, f"The paper's layout: all {cfg.latent_dim} numbers in one place")
     grid_cfg = spatial(cfg)
-    title = f"The grid layout: {grid_cfg.latent_dim} numbers with places"
-    draw_pipeline(panels[1], VAE(grid_cfg), grid_cfg, title)
-    draw_block(panels[2], "encoder block", vae.encoder.stages[0], y=0)
-    draw_block(panels[2], "decoder block", vae.decoder.stages[-1], y=-3.2)
-    panels[2].set(xlim=(-1.7, 9), ylim=(-5.2, 1))
-    panels[2].set_title("The inside of a block: main path above, shortcut below", fontsize=11, loc="left")
-    panels[2].axis("off")
-    alt = "Boxes joined by arrows: a picture shrinks through encoder blocks to mu and sigma, noise enters, and the "
+    draw_pipeline(panels[1], VAE(grid_cfg), grid_cfg, f"The grid layout: {grid_cfg.latent_dim} numbers with places")
+    draw_block(panels[2], "encoder\nblock", vae.encoder.stages[0], y=0)
+    draw_block(panels[2], "decoder\nblock", vae.decoder.stages[-1], y=-3)
+    title = "The inside of a block: main path above, shortcut below"
+    panels[2].set(xlim=(-1.7, 8.7), ylim=(-4.2, 1.2), title=title)
+    alt = "Boxes joined by lines: a picture shrinks through encoder blocks to mu and sigma, noise enters, and the "
     alt += "code grows through decoder blocks to logits; once for each layout; below, the inside of the blocks"
     show_figure(cfg.output_dir / "architecture.png", figure, alt)
 
 # %% [markdown]
-# Read the first row as an hourglass: 12,288 numbers become 512 and then 12,288 again, and nothing bypasses the waist.
-# Skip connections around it, as a U-Net has them, would spoil everything, since the code could then stay empty. The
-# loss holds on to it at two places, in red: the divergence to what the encoder says, BCE to what comes out. The
-# second row has a wider waist and a shallower network. Below, count along the two paths of a block: the main path has
-# one convolution, two batch norms and one activation more than the shortcut, as the paper says. A line around the waist
-# would be a mistake.
-
-# %% [markdown]
-# Two small helpers, folded, serve everything after training.
-#
-# > Choice: encode and decode in evaluation mode, which `eval_mode` sets. Why: in training mode, batch norm would make
-# > a picture's code depend on the other pictures of its batch.
-
-
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-def device_of(model):
-    """The device that the model's weights are on."""
-    return next(model.parameters()).device
-
-
-@contextmanager
-def eval_mode(model):
-    """Within this context, the model is in evaluation mode and records no gradients."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
+# Read the first row as an hourglass: 12,288 numbers become 512 and then 12,288 again, and nothing bypasses the waist. A
+# line around it, like the skip connections of a U-Net, would be a mistake: the code could then stay empty. The loss holds
+# on to it at two places, in red: the divergence to what the encoder says, BCE to what comes out. The second row has a
+# wider waist and a shallower network. Below, count along the two paths of a block: the main path has one convolution, two
+# batch norms and one activation more than the shortcut, as the paper says.
 
 # %% [markdown]
 # ## The loss
@@ -868,20 +818,13 @@ def learning_rate(cfg, epoch):
 # **Paper.** The whole of STL-10's [7] *train* and *unlabeled* splits, 105,000 photographs, resized to 64x64. The
 # pictures to pick horses and birds from come from the *test* split, which training never sees.
 #
-# Two layouts of `data_dir` are understood, and told apart by their folders. In paper mode a missing STL-10 is
-# downloaded and its MD5 checked.
-#
-# ```
-# data/stl10_binary/train_X.bin ...                  STL-10 as its authors publish it
-# data/train/<class>/  unlabeled/  test/<class>/     JPEG or PNG files in the same three splits
-# ```
-#
-# STL-10 stores a picture as 3 x 96 x 96 bytes *column by column*, so what looks like height is width; read row by
-# row, all horses lie on their side.
+# Two layouts of `data_dir` are understood: `stl10_binary/train_X.bin ...`, STL-10 as its authors publish it, and
+# `train/<class>/`, `unlabeled/`, `test/<class>/` with JPEG or PNG files in the same three splits. In paper mode a missing
+# STL-10 is downloaded and its MD5 checked. It stores a picture as 3 x 96 x 96 bytes *column by column*; read row by row,
+# all horses lie on their side.
 #
 # > Choice: Pillow's bilinear resize, which is what `transforms.Resize(64)` does, after a centre crop if the picture is
-# > not square. Why: Pillow resizes in integers, the same on every machine, so that a picture can be recognised by its
-# > checksum.
+# > not square. Why: Pillow resizes in integers, the same on every machine, so that checksums can recognise a picture.
 #
 # The folded cells find, fetch and read pictures; a broken file is reported and left out, a damaged archive refused.
 
@@ -911,10 +854,7 @@ def download_stl10(cfg):
 
 
 def stl10_pictures(folder, part):
-    """[(class name, uint8 (3, 96, 96), column-major), ...] of a part of STL-10; unlabeled ones have the class "".
-
-    Raises ReaderError if a file is missing or has a wrong size or label.
-    """
+    """[(class name or "", uint8 (3, 96, 96) by columns), ...] of a part of STL-10; ReaderError if it is not whole."""
     file = folder / f"{part}_X.bin"
     try:
         count, rest = divmod(file.stat().st_size, 3 * 96 * 96)
@@ -933,36 +873,21 @@ def stl10_pictures(folder, part):
     return list(zip(names, np.asarray(pixels)))  # views: nothing is read yet
 
 
-def read_picture(file):
-    """The picture in a file as a PIL image, upright, as it was photographed; None if it cannot be read."""
-    try:
-        with Image.open(file) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's words for damage
-        return None
-
-
 # %% [markdown]
 # Reading 113,000 files takes half a minute, and no epoch should wait for that. The next folded cell makes the images
 # once into one file of bytes that later starts map into memory; change one picture, and it is made again.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-class Split(NamedTuple):
-    """Pictures of a split: uint8 (N, 3, image_size, image_size), and for each the index of its name in classes."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    classes: list
-
-
 def load_split(cfg, split):
-    """The Split "train", "unlabeled", "test", or parts joined by "+", from a memory-mapped cache."""
+    """Images, labels and class names of "train", "unlabeled", "test", or parts joined by "+", from a mapped cache.
+
+    images: uint8 (N, 3, image_size, image_size); labels: (N,), the index of each one's name among the names.
+    """
     layout, parts = find_data(cfg), split.split("+")
     if layout is None:
         layouts = "STL-10's stl10_binary/, or folders train/<class>/, unlabeled/ and test/<class>/"
-        mend = f"put {layouts} there, or name another folder with PEGASUS_DATA_DIR"
-        raise ReaderError(f"no images in {cfg.data_dir}: {mend}")
+        raise ReaderError(f"no images in {cfg.data_dir}: put {layouts} there, or set PEGASUS_DATA_DIR")
     if layout == "stl10":
         files = sorted((cfg.data_dir / "stl10_binary").iterdir())
     else:
@@ -980,7 +905,7 @@ def load_split(cfg, split):
             with safe_open(cache, "pt") as file:
                 if file.metadata()["stamp"] == stamp:
                     classes = json.loads(file.metadata()["classes"])
-                    return Split(file.get_tensor("images"), file.get_tensor("labels"), classes)
+                    return file.get_tensor("images"), file.get_tensor("labels"), classes
         except (FileNotFoundError, SafetensorError, KeyError, TypeError):
             pass  # none, or not a whole one
         if layout == "stl10":
@@ -991,13 +916,15 @@ def load_split(cfg, split):
 
 
 def build_cache(cfg, named, cache, stamp):
-    """Write the images of (class name, file or pixels) pairs, resized, with their classes and a stamp; the Split."""
+    """Write the images of (class name, file or pixels) pairs, resized, and a stamp; returns what load_split does."""
     classes = sorted({name for name, _ in named})
     images, labels, unreadable = torch.empty(len(named), 3, *[cfg.image_size] * 2, dtype=torch.uint8), [], []
     for name, source in progress(named, f"reading {cache.stem}"):
         pixels = isinstance(source, np.ndarray)
-        picture = Image.fromarray(source.transpose(2, 1, 0)) if pixels else read_picture(source)
-        if picture is None:
+        try:
+            with Image.fromarray(source.transpose(2, 1, 0)) if pixels else Image.open(source) as picture:
+                picture = ImageOps.exif_transpose(picture).convert("RGB")  # upright, as it was photographed
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's words for damage
             unreadable.append(source.name)
             continue
         picture = ImageOps.fit(picture, (cfg.image_size,) * 2, Image.Resampling.BILINEAR)
@@ -1011,7 +938,7 @@ def build_cache(cfg, named, cache, stamp):
     content = {"images": images[: len(labels)], "labels": torch.tensor(labels)}
     save_file(content, temporary, {"stamp": stamp, "classes": json.dumps(classes)})
     os.replace(temporary, cache)
-    return Split(*content.values(), classes)
+    return *content.values(), classes
 
 
 def load_images(cfg, split, class_name=None):
@@ -1044,8 +971,8 @@ if __name__ == "__main__":
         if min(counts) < cfg.picks_per_class:
             raise ReaderError(f"too few to pick {cfg.picks_per_class} of each: lower PEGASUS_PICKS_PER_CLASS")
         sample = evenly_spread(train_images, 24)
-        alt = "Two rows of twelve small photographs: animals, vehicles, and pictures of many other kinds"
         rows = {"train +\nunlabeled": sample[:12], "": sample[12:]}
+        alt = "Two rows of twelve small photographs: animals, vehicles, and pictures of many other kinds"
         show_rows(cfg.output_dir / "data.png", rows, "Training images, as the network sees them", alt)
     else:
         print(f"no images in {cfg.data_dir}: the shipped codes are used, drawn by the decoder")
@@ -1090,15 +1017,12 @@ def learning_step(loss_of, optimizer, x):
 # %% [markdown]
 # Two things make it fast, in the folded cell: convolutions in bfloat16 (16-bit numbers with float32's range) where the
 # hardware is made for it, while weights, loss and Adam stay in float32; and `channels_last`, which stores the channels
-# of a pixel side by side, the order in which fast convolutions want them.
+# of a pixel side by side, the order in which fast convolutions want them. `eval_mode` is for what follows the training.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def mixed_precision(device):
-    """Autocast to bfloat16 where the hardware multiplies it fast, or a context that does nothing.
-
-    Fast are NVIDIA GPUs since Ampere and CPUs with AMX or AVX-512's bfloat16 instructions.
-    """
+    """Autocast to bfloat16 where that is fast: on NVIDIA GPUs since Ampere, on CPUs with instructions for it."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:  # older releases of torch do not tell what a CPU can do
@@ -1112,6 +1036,23 @@ def prepare_batch(images, device):
     return as_float(images.to(device)).contiguous(memory_format=torch.channels_last)
 
 
+def device_of(model):
+    """The device that the model's weights are on."""
+    return next(model.parameters()).device
+
+
+@contextmanager
+def eval_mode(model):
+    """Within this context, the model is in evaluation mode and records no gradients."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 # %% [markdown]
 # Sixteen plain colours and a small network are enough to see it work:
 
@@ -1120,8 +1061,7 @@ if __name__ == "__main__":
     small = cfg.model_copy(update={"base_channels": 8, "latent_dim": 16, "latent_size": 1})
     trial = VAE(small).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(trial.parameters(), lr=4e-3)
-    colours = torch.rand(16, 3, 1, 1).expand(-1, -1, cfg.image_size, cfg.image_size)
-    colours = prepare_batch(colours, device)
+    colours = prepare_batch(torch.rand(16, 3, 1, 1).expand(-1, -1, cfg.image_size, cfg.image_size), device)
     losses = [learning_step(partial(batch_loss, trial, cfg=small), optimizer, colours).total for _ in range(60)]
     print("loss after 0, 20 and 59 steps:", ", ".join(f"{losses[step].item():.3f}" for step in (0, 20, 59)))
     assert losses[-1] < losses[0], "each step should help a little"
@@ -1132,14 +1072,15 @@ if __name__ == "__main__":
 # Whatever follows the training uses three functions. To *encode* is to take the posterior's mean, without noise. To
 # *evaluate* is to reconstruct a picture from its mean and compare: BCE and its floor, mean squared error (MSE), and
 # $\text{PSNR} = -10 \log_{10} \text{MSE}$ in decibels, where 3 more mean half the error.
+#
+# > Choice: evaluation mode. Why: in training mode, batch norm would make a picture's code depend on the others of its batch.
 
 
 # %%
 def encode_mean(vae, images):
     """Posterior means of images, computed in evaluation mode and in batches. Paper, section 1.6.
 
-    images: uint8 or floats in [0, 1], (N, 3, H, W). Returns (N, latent_dim), float32 on the CPU. A picture's code does
-    not depend on its neighbours.
+    images: uint8 or floats in [0, 1], (N, 3, H, W). Returns (N, latent_dim), float32 on the CPU.
     """
     with eval_mode(vae):
         batches = progress(images.split(64), "encoding")
@@ -1180,15 +1121,13 @@ def evaluate(vae, images):
 # %% [markdown]
 # ### The loop
 #
-# **Paper.** 100 epochs over 105,000 images in batches of 64: 10.5 million images. What makes that bearable, besides
-# the number format: all images stay on the device as bytes, and a batch is an index into them, so nothing is decoded
-# twice and no `DataLoader` is needed; losses stay on the device until a checkpoint is saved; on a GPU the forward and
-# backward pass are compiled. `tests/tools/benchmark.py` measures what each is worth against the usual pipeline.
-# In the first edition's measurement, on two cores of a Xeon with AMX and base width 32, `fit` made 265 images a second where
-# the usual pipeline made 87, nearly all of that by number format and layout; the other steps are for GPUs.
+# **Paper.** 100 epochs over 105,000 images in batches of 64: 10.5 million images. To make that bearable, all images stay
+# on the device as bytes, and a batch is an index into them, so that nothing is decoded twice and no `DataLoader` is needed;
+# losses stay there until a checkpoint is saved; on a GPU the forward and backward pass are compiled. On two cores of a Xeon
+# with AMX and base width 32, the first edition's `fit` made 265 images a second where the usual pipeline made 87, nearly all
+# of that by number format and layout; the rest is for GPUs. `tests/tools/benchmark.py` measures what each step is worth.
 #
-# > Choice: the last batch of an epoch is left out if it is incomplete. Why: all steps have the same shape, and batch
-# > norm the same statistics.
+# > Choice: the last batch of an epoch is left out if it is incomplete. Why: all steps have one shape, batch norm one count.
 #
 # The folded cells make it last. *Files* are written beside their final name, flushed, and renamed, so that a crash
 # leaves the old one or the new one, never half of one; shipped weights are safetensors, which cannot carry code.
@@ -1211,10 +1150,7 @@ def write_atomically(path, content):
 
 
 def save_checkpoint(path, model, info):
-    """Write the weights of a model to path as float16 safetensors.
-
-    info: a dict for JSON that describes them; info["recipe"] holds the settings.
-    """
+    """Write the weights of a model to path as float16 safetensors, with info, a dict whose "recipe" is the settings."""
     weights = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
     weights = {name: t.cpu().contiguous() for name, t in weights.items()}
     write_atomically(Path(path), save(weights, {"pegasus_vae": json.dumps(info)}))
@@ -1225,19 +1161,15 @@ def load_weights(path, build):
 
     Raises ReaderError where the file is missing, damaged, or not a checkpoint of this notebook.
     """
-    mend = "restore it (git checkout -- checkpoints), or train with --mode paper"
     try:
         with safe_open(path, "pt") as file:
             info = json.loads(file.metadata()["pegasus_vae"])
             weights = {name: file.get_tensor(name) for name in file.keys()}
         model = build(info)
         model.load_state_dict(weights)  # float16 into float32
-    except FileNotFoundError:
-        raise ReaderError(f"there are no weights at {path}: {mend}") from None
-    except (SafetensorError, OSError) as error:
-        raise ReaderError(f"{path} is damaged or no safetensors file ({error}): {mend}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        raise ReaderError(f"{path} holds no whole checkpoint of this notebook: {mend}") from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        mend = "restore it (git checkout -- checkpoints), or train with --mode paper"
+        raise ReaderError(f"{path} holds no weights of this notebook ({type(error).__name__}): {mend}") from None
     return model.to(memory_format=torch.channels_last).eval(), info
 
 
@@ -1270,43 +1202,11 @@ def read_history(path):
 # A *run* that was stopped goes on as if nothing had happened: on the same CPU to the last bit. So nothing random may
 # depend on how often it was started: the order of epoch $e$ is drawn from seed $10^9 s + e$, the noise of step $t$ from
 # seed $10^9 s + t$. State is saved after every epoch and every minute, and never over a good one when a loss is not
-# finite. A second process is kept out of the run's folder by a lock. The
-# last folded cell compiles the step, and averages gradients where several processes train.
+# finite. A lock keeps a second process out of the run's folder. The last folded cell compiles the step, and averages
+# gradients where several processes train. What is left is the recipe itself, `fit`.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-@contextmanager
-def stop_button():
-    """Turn SIGINT (Ctrl-C, Jupyter's stop button) into the threading.Event that is handed over.
-
-    Not among several processes: one that stops alone would leave the others waiting.
-    """
-    stopped = threading.Event()
-    if ranks() > 1 or threading.current_thread() is not threading.main_thread():  # the only one to get signals
-        yield stopped
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def run_lock(folder):
-    """Hold folder for this process and those trained with; ReaderError if another process holds it."""
-    check_writable(folder, "PEGASUS_CHECKPOINT_DIR")
-    if RANK > 0:
-        yield
-        return
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            yield
-    except Timeout:
-        mend = "wait for it or choose a new run_name"
-        raise ReaderError(f"another process is training in {folder}: {mend}") from None
-
-
 def ranks():
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -1316,8 +1216,7 @@ def join_team(cfg, device):
     """Connect the processes that torchrun started, if any; ReaderError if they cannot share a batch."""
     count = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % count or cfg.batch_size < 2 * count:  # batch norm needs two
-        share = f"share a batch of {cfg.batch_size} evenly, two images or more for each"
-        raise ReaderError(f"{count} processes cannot {share}: change either number")
+        raise ReaderError(f"{count} processes cannot share a batch of {cfg.batch_size} evenly, two images or more each")
     if count > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -1338,17 +1237,16 @@ class TrainingState:
 
     data: the training examples, a tensor of them; names: of the losses that a step reports. epoch, step: position of
     the next step, from 0; steps: how many an epoch has; losses: (steps, names), of this epoch so far, on the device;
-    history: one dict for each finished epoch.
+    history: one dict for each finished epoch; FREE: the settings that do not decide the result.
     """
 
-    FREE = {"mode", "data_dir", "output_dir", "checkpoint_dir", "run_name", "device"}  # do not decide the result
-    FREE |= {"horse_weight", "picks_per_class"}
+    FREE = {"mode", "data_dir", "output_dir", "checkpoint_dir", "run_name", "device", "horse_weight", "picks_per_class"}
 
     def __init__(self, cfg, model, optimizer, data, names):
         self.cfg, self.model, self.optimizer, self.data, self.names = cfg, model, optimizer, data, names
         self.folder = cfg.checkpoint_dir / "runs" / cfg.run_name
         self.path = self.folder / "state.pt"
-        self.recipe = json.loads(cfg.model_dump_json(exclude=self.FREE))
+        self.recipe = cfg.model_dump(mode="json", exclude=self.FREE)
         self.recipe |= {"images": len(data), "data": fingerprint(data), "version": 1}
         self.epoch, self.step, self.history, self.saved = 0, 0, [], time.monotonic()
         self.steps = len(data) // cfg.batch_size  # an incomplete last batch is left out
@@ -1358,9 +1256,9 @@ class TrainingState:
 
     def check(self):
         """Raise ReaderError if a loss of this epoch, or a weight, is not finite."""
-        wrong = (~self.losses[: self.step].isfinite().all(dim=1)).nonzero()
-        place = f"epoch {self.epoch + 1}, step {wrong[0].item() + 1 if len(wrong) else self.step}"
-        if len(wrong) or not torch.stack([w.isfinite().all() for w in self.model.parameters()]).all():
+        finite = self.losses[: self.step].isfinite().all(dim=1).tolist()
+        if False in finite or not all(weight.isfinite().all() for weight in self.model.parameters()):
+            place = f"epoch {self.epoch + 1}, step {finite.index(False) + 1 if False in finite else self.step}"
             mend = f"lower the learning rate and choose a new run_name; {self.folder} keeps the last good state"
             raise ReaderError(f"the loss or the weights are not finite at {place}: {mend}")
 
@@ -1387,7 +1285,7 @@ class TrainingState:
         try:
             state = torch.load(self.path, "cpu", weights_only=True)  # never runs code from the file
             recipe, losses = state["recipe"], state["losses"]
-            differ = [(name, recipe.get(name), new) for name, new in self.recipe.items() if recipe.get(name) != new]
+            differ = [name for name, value in self.recipe.items() if recipe.get(name) != value]
             if not differ:
                 self.model.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -1400,7 +1298,7 @@ class TrainingState:
             reason = getattr(error, "strerror", None) or type(error).__name__  # torch's texts tell to run the file
             raise ReaderError(f"{self.path} cannot be read ({reason}): {mend}") from None
         if differ:
-            differ = ", ".join(f"{name} was {old}, is {new}" for name, old, new in differ)
+            differ = ", ".join(f"{name} was {recipe.get(name)}, is {self.recipe[name]}" for name in differ)
             raise ReaderError(f"{self.path} has another recipe ({differ}): set it back or choose a new run_name")
 
     def export(self, name, model, **info):
@@ -1418,13 +1316,23 @@ class TrainingState:
 class TrainingRun(TrainingState):
     """A context in which a training goes on from its state: it locks the folder, resumes, and saves at the end.
 
-    stopped: the threading.Event that the stop button sets. Raises ReaderError for a folder that is in use.
+    stopped: a threading.Event, set by SIGINT (Ctrl-C, Jupyter's stop button), except among several processes: one that
+    stops alone would leave the others waiting. Raises ReaderError for a folder that is in use.
     """
 
     def __enter__(self):
+        check_writable(self.folder, "PEGASUS_CHECKPOINT_DIR")
+        self.stopped = threading.Event()
         with ExitStack() as stack:
-            stack.enter_context(run_lock(self.folder))
-            self.stopped = stack.enter_context(stop_button())
+            try:
+                if RANK == 0:
+                    stack.enter_context(FileLock(self.folder / "lock", timeout=0))
+            except Timeout:
+                mend = "wait for it or choose a new run_name"
+                raise ReaderError(f"another process is training in {self.folder}: {mend}") from None
+            if ranks() == 1 and threading.current_thread() is threading.main_thread():  # the only one to get signals
+                before = signal.signal(signal.SIGINT, lambda *_: self.stopped.set())
+                stack.callback(signal.signal, signal.SIGINT, before)
             self.resume()
             done, total = self.epoch * self.steps + self.step, self.cfg.epochs * self.steps
             words = {"desc": f"training {self.cfg.run_name}", "unit": "step", "disable": RANK > 0}
@@ -1475,10 +1383,7 @@ class TrainingRun(TrainingState):
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def loss_function(cfg, vae, steps):
-    """batch_loss as a function of the images alone, in the fastest form for a run of that many steps.
-
-    Its gradients are averaged over all processes that train together.
-    """
+    """batch_loss as a function of the images alone, fast in a run of that many steps, averaging over all processes."""
     model, device = DistributedDataParallel(vae) if ranks() > 1 else vae, device_of(vae)
 
     def loss_of(x):
@@ -1489,10 +1394,6 @@ def loss_function(cfg, vae, steps):
         torch._dynamo.config.suppress_errors = True  # without a C compiler or Triton the model runs as it is
         return torch.compile(loss_of, mode="reduce-overhead" if ranks() == 1 else None)
     return loss_of
-
-
-# %% [markdown]
-# What is left is the recipe itself:
 
 
 # %%
@@ -1559,8 +1460,7 @@ if __name__ == "__main__":
         history = read_history(cfg.checkpoint_dir / "history.csv")
         shape = ("image_size", "base_channels", "latent_dim", "latent_size", "blocks_per_stage")
         cfg = cfg.model_copy(update={field: info["recipe"][field] for field in shape})
-        trained = f"{info['data']}, {info['recipe']['epochs']} epochs, {info['device']}"
-        print(f"shipped weights, trained on {trained}")
+        print(f"shipped weights, trained on {info['data']}, {info['recipe']['epochs']} epochs, {info['device']}")
     else:
         originals = evenly_spread(load_images(cfg, "test"), 8)
         rows, alt = {"held out": originals}, "Eight held-out photographs"
@@ -1740,15 +1640,15 @@ if __name__ == "__main__":
 # large outstretched wings. The birds with dark wings are marked, because their codes will be negated.
 #
 # A horse should be whole, pale, and alone, with its legs in sight; a bird pale, or wide, and not cut by the edge. A
-# head without a body makes a pegasus without a body, and whatever fills the picture besides the animal ends up in the
-# mixture too. These were picked by a vision-language model from enlarged sheets of all candidates, and paired by pose:
-# the first horse is mixed with the first bird. You see them first, and change them below.
+# head without a body makes a pegasus without a body, and whatever else fills the picture ends up in the mixture too.
+# These were picked by a vision-language model from enlarged sheets of all candidates, and paired by pose: the first horse
+# is mixed with the first bird. You see them first, and change them below.
 #
-# All that you choose goes to `outputs/picks.json`: picks, dark wings, the best pegasi, and later the places of wings.
-# The folded cells keep that file. **It is the state**: a change locks it, reads it, applies one edit, and writes it
-# atomically, so two notebooks on one file never lose each other's clicks, and undo takes back the latest. A damaged
-# file is set aside, one made on other pictures refused, and an entry that fits no candidate left out and reported.
-# Delete the file to get the shipped choices back.
+# The folded cells keep what you choose in `outputs/picks.json`: picks, dark wings, the best pegasi, and later the places
+# of wings. **The file is the state**: a change locks it, reads it, applies one edit, and writes it atomically, so two
+# notebooks on one file never lose each other's clicks, and undo takes back the latest. A damaged file is set aside, one
+# made on other pictures refused, an entry that fits no candidate left out and reported. Delete the file to get the shipped
+# choices back.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -1763,17 +1663,13 @@ class Composition(BaseModel):
     down: float = Field(0, ge=-8, le=8, description="how far the bird is moved down")
     mirror: bool = Field(False, description="whether the bird faces the other way")
     dark_winged: bool = Field(False, description="whether the bird's code is negated")
-    cells: tuple[Annotated[str, Field(pattern="^[.#]{8}$")], ...] = Field(
-        ("." * 8,) * 8, min_length=8, max_length=8, description="8x8 blocks of the picture, # for the bird's"
-    )
-    mend: float = Field(
-        0, ge=0, le=1, description="how far the prior redraws the wing, see A prior that knows pictures"
-    )
+    cells: tuple[Annotated[str, Field(pattern="^[.#]{8}$")], ...] = Field(("." * 8,) * 8, min_length=8, max_length=8)
+    mend: float = Field(0, ge=0, le=1, description="how far the prior redraws the wing")
     good: bool = Field(False, description="whether it is one of the best")
 
     @property
     def mask(self):
-        """Whether each of the 8x8 blocks comes from the bird, bool (8, 8)."""
+        """Whether each of the 8x8 blocks of the picture is the bird's, # in cells; bool (8, 8)."""
         return torch.tensor([[cell == "#" for cell in row] for row in self.cells])
 
 
@@ -1795,7 +1691,7 @@ class Choices(BaseModel):
     compositions: dict[int, Composition] = {}
 
     def put(self, part, key, value, position=None):
-        """Let a part hold value for key (True in a list), or nothing for None; returns the change that undoes it.
+        """Let a part hold value for key (True in a list; None: nothing), and return the change that undoes that.
 
         A key keeps its place in the part; a new one goes to the position, or to the end.
         """
@@ -1811,7 +1707,7 @@ class Choices(BaseModel):
     def leave_out(self, horses, birds):
         """Drop what is not among the indices of horses and birds, or comes twice; returns the names of that."""
         dropped = []
-        for part, allowed in (("horse", horses), ("bird", birds), ("dark", self.bird)):
+        for part, allowed in (("horse", horses), ("bird", birds), ("dark", set(self.bird) & set(birds))):
             entries = list(dict.fromkeys(index for index in getattr(self, part) if index in allowed))
             dropped += [f"a {part}"] * (entries != getattr(self, part))
             setattr(self, part, entries)
@@ -1850,11 +1746,12 @@ class ChoicesFile:
         self.data = "{} horses, {} birds, {}".format(*map(len, candidates.values()), digest)
         self.listeners, self.past, self.unsaved, self.notes = {}, [], [], []  # {name: function that follows changes}
         self.choices, self.origin, self.failure = Choices(data=self.data), "none", None
-        ours = parse_choices(shipped) if Path(shipped).exists() else self.choices
-        if ours is None:
-            raise ReaderError(f"{shipped} is damaged: restore it (git checkout -- checkpoints)")
-        if ours.data == self.data and ours is not self.choices:
-            self.choices, self.origin = ours, "shipped"
+        if Path(shipped).exists():
+            ours = parse_choices(shipped)
+            if ours is None:
+                raise ReaderError(f"{shipped} is damaged: restore it (git checkout -- checkpoints)")
+            if ours.data == self.data:
+                self.choices, self.origin = ours, "shipped"
         self.take_up()
 
     def read(self):
@@ -1877,7 +1774,8 @@ class ChoicesFile:
             if self.path.exists() and not self.unsaved:
                 before, self.choices = self.choices, self.read()
                 self.origin = "your own" if self.path.exists() else self.origin
-                self.notify(self.choices != before)
+                if self.choices != before:
+                    self.notify()
 
     def follow(self):
         """Take up what the file holds before a change; if that cannot be read, the change will say so."""
@@ -1909,12 +1807,12 @@ class ChoicesFile:
             self.choices, self.unsaved, self.failure = choices, [], None
         except (OSError, ReaderError) as error:
             self.failure = f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}"
-        self.notify(True)
+        self.notify()
         return inverse
 
-    def notify(self, changed):
-        """Tell all that show the choices, if they have changed."""
-        for listener in list(self.listeners.values()) * changed:
+    def notify(self):
+        """Tell all that show the choices."""
+        for listener in list(self.listeners.values()):
             listener()
 
 
@@ -1934,11 +1832,8 @@ class PicksFile(ChoicesFile):
 
     def __getitem__(self, group):
         with self.lock:
-            if group == "best":
-                return [
-                    position for position in self.choices.best.get(self.batch, []) if position in range(self.target)
-                ]
-            return list(getattr(self.choices, group))
+            entries = self.choices.best.get(self.batch, []) if group == "best" else getattr(self.choices, group)
+            return [index for index in entries if group != "best" or index in range(self.target)]
 
     def name_batch(self):
         """A name for the batch that the picks make: what draws it, and a digest of its parents."""
@@ -1987,7 +1882,7 @@ class PicksFile(ChoicesFile):
             self.edit(("compositions", horse, composition))
 
     def require(self):
-        """The picked horses and birds, and whether each bird is dark (bool tensor); ReaderError unless all are picked."""
+        """The picked horses and birds, and whether each bird is dark (bool tensor); ReaderError if some are missing."""
         self.take_up()
         for group in self.candidates:
             if surplus := len(self[group]) - self.target:
@@ -2006,17 +1901,14 @@ if __name__ == "__main__":
     picks = PicksFile(*files, crc32, cfg.picks_per_class, maker)
 
 # %% [markdown]
-# Nobody wants to leaf through hundreds of birds, so the folded cell sorts them for the pickers below. White animals stand out as a bright,
-# nearly grey middle before a darker border; wings as a shape that is much wider than an animal on its legs. Both are
-# crude measures of pixels. Once you have some picks, you can sort by likeness to their codes instead.
+# Nobody wants to leaf through hundreds of birds, so the folded cell sorts them for the pickers below. White animals stand
+# out as a bright, nearly grey middle before a darker border; wings as a shape that is much wider than an animal on its
+# legs. Both are crude measures of pixels. Once you have some picks, you can sort by likeness to their codes instead.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def whiteness(images):
-    """How white the middle half of each image is, 0 to 1: the mean over pixels of the smallest of R, G and B.
-
-    images: (N, 3, H, W). A pixel is white if none of its channels is small. Returns (N,).
-    """
+    """How white the middle half of each image (N, 3, H, W) is: the smallest of R, G and B, averaged; (N,), 0 to 1."""
     height, width = images.shape[2:]
     middle = as_float(images)[:, :, height // 4 : -height // 4, width // 4 : -width // 4]
     return middle.amin(dim=1).mean(dim=(1, 2))
@@ -2024,8 +1916,7 @@ def whiteness(images):
 
 def background(images):
     """Median colour (N, 3, 1, 1) of the left, right and top eighth of images (N, 3, H, W)."""
-    edge = images.shape[3] // 8
-    x = as_float(images)
+    x, edge = as_float(images), images.shape[3] // 8
     border = torch.cat([part.flatten(2) for part in (x[..., :edge], x[..., -edge:], x[:, :, :edge])], dim=2)
     return border.median(dim=2).values[:, :, None, None]
 
@@ -2045,10 +1936,7 @@ def widest_first(images):
 
 
 def most_like(latents, picked):
-    """Indices of latents (N, latent_dim), first those whose codes point the same way as the mean of the picked.
-
-    The direction is compared, not the length; without any picks, the order stays as it is.
-    """
+    """Indices of latents (N, latent_dim), first those that point the same way as the mean of the picked, if any."""
     if not picked:
         return list(range(len(latents)))
     wanted = latents[picked].mean(dim=0, keepdim=True)
@@ -2071,8 +1959,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### The sheets
 #
-# Run this cell, and those below it, again after you have changed picks in the pickers that follow (menu *Run*, *Run
-# Selected Cell and All Below*).
+# After changes in the pickers below, run this cell and what follows again (menu *Run*, *Run Selected Cell and All Below*).
 
 
 # %%
@@ -2099,9 +1986,9 @@ if __name__ == "__main__":
 # ### The pickers
 #
 # One checkbox a picture, forty pictures a page; click anywhere on the picture, or Tab to it and press Space. They need
-# a running kernel. A new pick goes to the end of its list, and those behind a removed one move up, each to another bird: to
-# exchange a pair, unpick its horse *and* its bird. While a checkbox has the focus, type no letters: Jupyter takes `x` for "cut this cell" (`z` brings
-# it back). Without widgets, `picks.change("horse", 606, True)` in a cell does what a click does.
+# a running kernel. A new pick goes to the end of its list, and those behind a removed one move up, each to another bird:
+# to exchange a pair, unpick its horse *and* its bird. While a checkbox has the focus, type no letters: Jupyter takes `x`
+# for "cut this cell" (`z` brings it back). Without widgets, `picks.change("horse", 606, True)` does what a click does.
 #
 # The folded cells are the pickers themselves. Every picture has a checkbox of its own for good, so that a click that
 # crosses with a page turn still marks the picture you saw.
@@ -2113,7 +2000,8 @@ PICKER_STYLE = """<style>
 .pegasus-picker .pegasus-grid { padding: 6px; }
 .pegasus-cell { position: relative; border-radius: 4px; margin: 2px; }
 .pegasus-cell .widget-checkbox, .pegasus-cell .widget-label-basic { position: static; width: auto; }
-.pegasus-cell .widget-label-basic::after { content: ""; position: absolute; inset: 0; cursor: pointer; }
+:is(.pegasus-cell, .pegasus-mask) .widget-label-basic::after { content: ""; position: absolute; inset: 0; }
+:is(.pegasus-cell, .pegasus-mask) .widget-label-basic { cursor: pointer; }
 .pegasus-cell input { position: relative; z-index: 1; }
 .pegasus-cell:has(input:checked) { outline: 3px solid var(--picked); font-weight: bold; }
 .pegasus-cell:has(input:focus-visible) { outline: 4px dashed var(--focus); }
@@ -2123,7 +2011,6 @@ PICKER_STYLE = """<style>
 .pegasus-mask .widget-checkbox { position: relative; margin: 0; width: auto; height: 100%; }
 .pegasus-mask .widget-checkbox { box-shadow: inset 0 0 0 0.5px rgba(255, 255, 255, 0.5); }
 .pegasus-mask .widget-label-basic { position: static; font-size: 0; width: 100%; height: 100%; }
-.pegasus-mask .widget-label-basic::after { content: ""; position: absolute; inset: 0; cursor: pointer; }
 .pegasus-mask input { margin: 2px; opacity: 0; }
 .pegasus-mask .widget-checkbox:has(input:checked) { box-shadow: inset 0 0 0 2px #56d364; }
 .pegasus-mask input:checked { opacity: 1; }
@@ -2202,8 +2089,7 @@ class ImagePicker(Controls):
     """Pick images by checkbox, page by page; every change goes to picks at once.
 
     picture: a function from an index to what is shown of it, uint8 (3, H, W). group: "horse", "bird", "dark" (shows the
-    picked birds) or "best". sorts: {name: indices in that order, or a function that computes them from the picks of the
-    group}.
+    picked birds) or "best". sorts: {name: indices in that order, or a function of the group's picks that gives them}.
     """
 
     def __init__(self, picture, picks, group, sorts, per_page=40):
@@ -2217,8 +2103,8 @@ class ImagePicker(Controls):
         narrow = {"layout": widgets.Layout(width="200px"), "style": {"description_width": "40px"}}
         self.sort = widgets.Dropdown(options=sorts, description="Sort", **narrow)
         self.show = widgets.Dropdown(options=["all", "picked", "not picked"], description="Show", **narrow)
-        self.sort.observe(lambda _: self.attempt(self.start), "value")
-        self.show.observe(lambda _: self.attempt(self.start), "value")
+        for menu in (self.sort, self.show):
+            menu.observe(lambda _: self.attempt(self.start), "value")
         self.add_button("Previous", lambda: self.go_to(self.page - 1))
         self.add_button("Next", lambda: self.go_to(self.page + 1))
         self.add_button("Undo", picks.undo)
@@ -2283,14 +2169,9 @@ class ImagePicker(Controls):
 # %%
 if __name__ == "__main__":
     horse_picker = ImagePicker(horses.images.__getitem__, picks, "horse", horse_sorts)
-    if in_notebook:
-        display(horse_picker)
-
-# %%
-if __name__ == "__main__":
     bird_picker = ImagePicker(birds.images.__getitem__, picks, "bird", bird_sorts)
     if in_notebook:
-        display(bird_picker)
+        display(horse_picker, bird_picker)
 
 # %% [markdown]
 # Now mark the birds whose wings are darker than what is behind them. A code and its negative swap light and dark (the
@@ -3287,7 +3168,7 @@ def fit_prior(cfg, vae):
         raise ReaderError("a prior over codes needs a latent grid: latent_size above 1")
     device = find_device(cfg)
     cfg = cfg.model_copy(update={"run_name": f"{cfg.run_name}-prior", "lr": 1e-3})
-    classes = load_split(cfg, "train").classes
+    classes = load_split(cfg, "train")[2]
     codes, labels = load_codes(cfg, vae, "train+unlabeled", classes, device)
     test_codes, test_labels = (evenly_spread(part, 2048) for part in load_codes(cfg, vae, "test", classes, device))
     labelled = labels.nonzero()[:, 0]

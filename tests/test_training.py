@@ -367,12 +367,13 @@ def test_a_batch_that_cannot_be_shared_is_refused(pv, cfg, monkeypatch, processe
         pv.join_team(cfg, torch.device("cpu"))
 
 
-def test_one_process_of_several_leaves_the_stop_button_alone(pv, monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
-    with pv.stop_button():
-        assert signal.getsignal(signal.SIGINT) is not before
-    monkeypatch.setattr(pv, "ranks", lambda: 2)
-    with pv.stop_button():
+def test_one_process_of_several_leaves_the_stop_button_alone(pv, cfg, monkeypatch):
+    before, vae = signal.getsignal(signal.SIGINT), pv.VAE(cfg)
+    images, optimizer = pv.load_images(cfg, "test"), torch.optim.Adam(vae.parameters())
+    for processes, left_alone in ((1, False), (2, True)):
+        monkeypatch.setattr(pv, "ranks", lambda: processes)  # noqa: B023
+        with pv.TrainingRun(cfg, vae, optimizer, images, ("bce", "kl")):
+            assert (signal.getsignal(signal.SIGINT) is before) is left_alone
         assert signal.getsignal(signal.SIGINT) is before
 
 
