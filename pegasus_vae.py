@@ -3172,7 +3172,8 @@ class FlowPrior(nn.Module):
         self.blocks = nn.ModuleList(FlowBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.to_velocity = nn.ConvTranspose2d(width, channels, 2, stride=2)
-        nn.init.zeros_(self.to_velocity.weight)
+        nn.init.zeros_(self.to_velocity.weight)  # an untrained network stands still
+        nn.init.zeros_(self.to_velocity.bias)
 
     def forward(self, z_t, t, labels):
         angles = t[:, None] * self.frequencies  # (N, width / 2)
