@@ -3090,7 +3090,8 @@ class FlowPrior(nn.Module):
         self.blocks = nn.ModuleList(FlowBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.to_velocity = nn.ConvTranspose2d(width, channels, 2, stride=2)
-        nn.init.zeros_(self.to_velocity.weight)
+        nn.init.zeros_(self.to_velocity.weight)  # an untrained network stands still
+        nn.init.zeros_(self.to_velocity.bias)
 
     def forward(self, z_t, t, labels):
         angles = t[:, None] * self.frequencies  # (N, width / 2)
@@ -3164,8 +3165,8 @@ def fit_prior(cfg, vae):
 
     Returns (prior, history), the prior with averaged weights and in eval(). Stops and raises as fit does.
     """
-    if vae.decoder.grid[1] == 1:
-        raise ReaderError("a prior over codes needs a latent grid: latent_size above 1")
+    if vae.decoder.grid[1] % 2:
+        raise ReaderError(f"a prior needs a grid of blocks of 2x2 cells: latent_size {vae.decoder.grid[1]} is not even")
     device = find_device(cfg)
     cfg = cfg.model_copy(update={"run_name": f"{cfg.run_name}-prior", "lr": 1e-3})
     classes = load_split(cfg, "train")[2]
@@ -3263,6 +3264,11 @@ def mend_codes(prior, z, strength, class_name=None, cells=None, seed=0, guidance
     z: (N, latent_dim); strength: 0 leaves them unchanged, 1 draws afresh. class_name: what they are to become, or None.
     cells: bool (N, rows, columns), the only ones redrawn, while all others follow their code; None: all.
     """
+    if class_name and class_name not in prior.classes:
+        raise ReaderError(f"the prior knows no class {class_name!r}, only {', '.join(prior.classes)}")
+    if z.shape[1] != math.prod(prior.grid):
+        length = math.prod(prior.grid)
+        raise ReaderError(f"the prior is for codes of {length} numbers, not {z.shape[1]}: load the prior of this model")
     label = prior.classes.index(class_name) + 1 if class_name else 0
     if strength == 0:
         return z.clone()

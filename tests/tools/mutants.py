@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("model", "data", "pegasus", "choices", "config", "pickers", "training")  # the fast ones first
+PARTS = ("model", "data", "pegasus", "choices", "config", "pickers", "prior", "training")  # the fast ones first
 UNIT_TESTS = [f"tests/test_{part}.py" for part in PARTS]
 
 # name: (what stands in pegasus_vae.py, exactly once; what the fault puts in its place)
@@ -27,7 +27,7 @@ MUTANTS = {
     "KL weight ignored": ("Loss(bce + kl_weight * kl,", "Loss(bce + kl,"),
     "shortcut dropped": ("self.main(x) + self.skip(x)", "self.main(x)"),
     "shortcut always convolved": ("            self.skip = nn.Identity()\n", "            pass\n"),
-    "grid turned on its side": ("z.unflatten(1, self.grid)", "z.unflatten(1, self.grid).mT"),
+    "grid turned on its side": ("self.stages(z.unflatten(1, self.grid))", "self.stages(z.unflatten(1, self.grid).mT)"),
     "grid too coarse": ("side = cfg.image_size // 4", "side = cfg.image_size // 8"),
     "numbers not doubled": ("max(1, 2 * cfg.latent_dim // side**2)", "max(1, cfg.latent_dim // side**2)"),
     "eval() missing": ("    model.eval()\n    try:", "    try:"),
@@ -41,13 +41,13 @@ MUTANTS = {
     "camera on its side": ("ImageOps.exif_transpose(picture).convert", "picture.convert"),
     "stale cache trusted": ('if file.metadata()["stamp"] == stamp:', "if True:"),
     "times of the files ignored": ("state.st_mtime_ns) for file", "0) for file"),
-    "cache made twice": ('with FileLock(cache.with_suffix(".lock")):', "if True:"),
+    "cache made twice": ('with FileLock(cache.with_suffix(".lock")):  # a second', "if True:  # a second"),
     "archive not checked": ("md5=STL10.tgz_md5", "md5=None"),
     "half-unpacked archive": ("extract_archive(str(archive), unpacked)", "extract_archive(str(archive), str(cfg.data_dir)); return"),
     # the training
     "learning rate constant": ("return cfg.lr * (1 - epoch / cfg.epochs)", "return cfg.lr"),
     "learning rate not set": ('group["lr"] = learning_rate(cfg, run.epoch)', "pass"),
-    "derivatives added up": ("    optimizer.zero_grad()", "    pass"),
+    "derivatives added up": ("    optimizer.zero_grad()  # or", "    pass  # or"),
     "max_images ignored": ("evenly_spread(images, cfg.max_images or len(images))", "evenly_spread(images, len(images))"),
     "same order in every epoch": ("manual_seed(self.cfg.seed * 10**9 + self.epoch)", "manual_seed(self.cfg.seed)"),
     "noise depends on restarts": ("random.manual_seed(self.cfg.seed * 10**9 + position)", "pass"),
@@ -112,6 +112,40 @@ MUTANTS = {
     "mirror ignored": ("flip(2) if composition.mirror else", "flip(2) if False else"),
     "turned the other way": ('"angle": composition.turn', '"angle": -composition.turn'),
     "black comes in from outside": ("(sky + affine(x - sky,", "(affine(x,"),
+    # the prior
+    "velocity towards the noise": ("velocity.float(), z - eps)", "velocity.float(), eps - z)"),
+    "time reversed": ("z_t = (1 - t[:, None]) * eps + t[:, None] * z", "z_t = t[:, None] * eps + (1 - t[:, None]) * z"),
+    "all times alike": ("t = torch.sigmoid(torch.randn(len(z), device=z.device))", "t = torch.rand(len(z), device=z.device)"),
+    "untrained prior moves": ("        nn.init.zeros_(self.to_velocity.bias)\n", ""),
+    "positions unknown": ("x = x.flatten(2).mT + self.positions", "x = x.flatten(2).mT"),
+    "time unknown": ("angles = t[:, None] * self.frequencies", "angles = 0 * t[:, None] * self.frequencies"),
+    "class unknown": ("dim=1)) + self.embed_class(labels)", "dim=1))"),
+    "attention not scaled": ("queries @ keys.mT / keys.shape[-1] ** 0.5", "queries @ keys.mT"),
+    "mean of the codes not restored": ("self.grid) * self.deviation + self.mean)", "self.grid) * self.deviation)"),
+    "guidance ignored": ("return anywhere + guidance * (towards - anywhere)", "return towards"),
+    "guidance away from the class": ("guidance * (towards - anywhere)", "guidance * (anywhere - towards)"),
+    "labels of drawn classes off by one": ("label = prior.classes.index(class_name) + 1 if", "label = prior.classes.index(class_name) if"),
+    "labels of codes off by one": ("[classes.index(name) + 1 if name in classes", "[classes.index(name) if name in classes"),
+    "unknown class drawn": ("if class_name and class_name not in prior.classes:", "if False:"),
+    "codes of any length mended": ("if z.shape[1] != math.prod(prior.grid):", "if False:"),
+    "one label for all": ("y = torch.cat([torch.zeros_like(batch), labels[known]])", "y = torch.zeros_like(torch.cat([batch, known]))"),
+    "labels left on all": ("y = torch.cat([torch.zeros_like(batch), labels[known]])", "y = labels[torch.cat([batch, known])]"),
+    "averaged weights not returned": ("return average.module.eval(), run.history", "return prior.eval(), run.history"),
+    "averaged weights not exported": ('run.export("prior.safetensors", average.module,', 'run.export("prior.safetensors", prior,'),
+    "averaged weights not saved": ('nn.ModuleDict({"prior": prior, "average": average}).to(device)', 'nn.ModuleDict({"prior": prior}).to(device)'),
+    "averaged weights not measured": ("flow_matching_loss(average, z, test_labels)", "flow_matching_loss(prior, z, test_labels)"),
+    "mirrored pictures not encoded": ("encode_mean(vae, part.flip(3))", "encode_mean(vae, part)"),
+    "mirrored codes not used": ("mirrored = torch.randint(2, y.shape, device=device)", "mirrored = torch.zeros_like(y)"),
+    "codes cached for all weights": ("{split}-{weights_digest(vae)}-{fingerprint(images):08x}", "{split}-{fingerprint(images):08x}"),
+    "codes cached for all pictures": ("{split}-{weights_digest(vae)}-{fingerprint(images):08x}", "{split}-{weights_digest(vae)}"),
+    "torn codes not made anew": ("with suppress(FileNotFoundError, SafetensorError), safe_open", "with suppress(FileNotFoundError), safe_open"),
+    "prior on an odd grid": ("if vae.decoder.grid[1] % 2:", "if False:"),
+    "noise not seeded": ("generator=torch.Generator().manual_seed(seed)).to(device)", "generator=None).to(device)"),
+    "strength ignored": ("z_t = (1 - times[0]) * eps + times[0] * known", "z_t = eps"),
+    "cells to mend ignored": ("    if cells is not None:\n        free", "    if False:\n        free"),
+    "kept cells left to the flow": ("torch.where(free, z_t, (1 - after) * eps + after * known)", "z_t"),
+    "kept cells rounded": ("torch.where(free.cpu(), prior.restore(z_t).cpu(), z)", "prior.restore(z_t).cpu()"),
+    "Euler for midpoint": ("velocity(prior, half, middle, label, guidance)", "velocity(prior, z_t, t, label, guidance)"),
 }  # fmt: skip
 
 
