@@ -82,9 +82,11 @@ if __name__ == "__main__" and get_ipython() and Path("checkpoints/title.png").ex
 #
 # A setting is an environment variable, `%env PEGASUS_MODE=paper` in a new cell at the top, or a flag of the script,
 # `python pegasus_vae.py --mode paper --data-dir ~/stl10`; `--help` lists all. Figures go to `outputs/`.
-
-# %% [markdown]
-# The folded cell imports what follows.
+#
+# The folded cells import what follows, and hold every setting, with the paper's values as defaults. A wrong value is
+# refused at once, in one line that names the setting, and not after a night of training. Then they find a device: an
+# NVIDIA GPU where there is one, then Apple's, then the CPU; the code is the same on all three. Under `torchrun`, which
+# starts several processes that train together, each gets a GPU of its own, and process 0 prints and writes for all.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 import csv
@@ -120,17 +122,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.datasets import STL10
 from torchvision.datasets.utils import download_url, extract_archive
+from torchvision.io import encode_jpeg
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import affine
+from torchvision.transforms.v2.functional import affine, resize
 from torchvision.utils import make_grid, save_image
 from tqdm.auto import tqdm
-
-# %% [markdown]
-# The folded cell holds every setting, with the paper's values as defaults. A wrong value is refused at once, in one
-# line that names it, and not after a night of training.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -142,11 +140,7 @@ class ReaderError(Exception):
 
 
 class Config(BaseSettings):
-    """All settings, with the paper's values as defaults.
-
-    Each field can be set by the environment variable PEGASUS_<FIELD> or, when this file runs as a script, by
-    --field value. Raises pydantic.ValidationError for a value out of range and for an unknown PEGASUS_ variable.
-    """
+    """All settings. Raises pydantic.ValidationError for a value out of range and an unknown PEGASUS_ variable."""
 
     model_config = SettingsConfigDict(env_prefix="PEGASUS_", cli_kebab_case=True, extra="forbid", frozen=True)
 
@@ -175,10 +169,9 @@ class Config(BaseSettings):
     @classmethod
     def refuse_unknown_variables(cls, values):
         known = {f"PEGASUS_{field.upper()}" for field in cls.model_fields}
-        unknown = sorted(name for name in os.environ if name.startswith("PEGASUS_") and name not in known)
-        if unknown:
-            names = ", ".join(sorted(known))
-            raise ValueError(f"unknown environment variable {', '.join(unknown)}; known are {names}")
+        for name in os.environ:
+            if name.startswith("PEGASUS_") and name not in known:
+                raise ValueError(f"unknown environment variable {name}; known are {', '.join(sorted(known))}")
         return values
 
     @model_validator(mode="after")
@@ -196,12 +189,6 @@ class Config(BaseSettings):
         return 4 if self.latent_size == 1 else (self.image_size // self.latent_size).bit_length() - 1
 
 
-# %% [markdown]
-# The next two folded cells read the settings and find a device: an NVIDIA GPU where there is one, then Apple's, then the
-# CPU. The code is the same on all three. Under `torchrun`, which starts several processes that train together, each
-# gets a GPU of its own, and process 0 prints and writes for all.
-
-
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 RANK = int(os.environ.get("RANK", 0))  # the number of this process, given by torchrun
 
@@ -211,38 +198,29 @@ def read_config(arguments=()):
     try:
         return Config(_cli_parse_args=list(arguments), _cli_exit_on_error=False)
     except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            text = problem["msg"].removeprefix("Value error, ")
-            field = ".".join(map(str, problem["loc"]))
-            problems.append(f"{field}: {text} (got {problem['input']!r})" if field else text)
-        raise ReaderError("; ".join(problems)) from None
+        problems = [": ".join([*problem["loc"], problem["msg"]]) for problem in error.errors()]
+        raise ReaderError("; ".join(problems).replace("Value error, ", "")) from None
     except SettingsError as error:
         raise ReaderError(f"{error}; --help lists the known flags") from None
 
 
 def find_device(cfg):
     """The torch.device that cfg.device names; ReaderError if this machine has no such device."""
-    kind = cfg.device
-    if kind == "auto":
-        kind = "mps" if torch.backends.mps.is_available() else "cpu"
-        kind = "cuda" if torch.cuda.is_available() else kind
-    device = torch.device(kind)
-    if device.type == "cpu":
-        return device
+    found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    best = next(kind for kind, count in found.items() if count)
+    device = torch.device(best if cfg.device == "auto" else cfg.device)
     if "LOCAL_RANK" in os.environ and device.index is not None:
         raise ReaderError(f"device {device}: torchrun gives each process a GPU of its own; use cuda")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    found = torch.cuda.device_count() if device.type == "cuda" else int(torch.backends.mps.is_available())
-    if (device.index or 0) >= found:
-        raise ReaderError(f"device {device}: torch finds {found} of this kind here; use fewer, auto or cpu")
+    if (device.index or 0) >= found[device.type]:
+        raise ReaderError(f"device {device}: torch finds {found[device.type]} such here; use fewer, auto or cpu")
     return device
 
 
-def progress(items, what, total=None):
+def progress(items, what):
     """A tqdm bar over items that shows itself after two seconds and leaves no trace."""
-    return tqdm(items, desc=what, total=total, delay=2, leave=False, disable=RANK > 0)
+    return tqdm(items, desc=what, delay=2, leave=False, disable=RANK > 0)
 
 
 def check_writable(folder, setting):
@@ -255,17 +233,15 @@ def check_writable(folder, setting):
         raise ReaderError(f"cannot write to {folder} ({error.strerror}): {mend}") from None
 
 
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
 if __name__ == "__main__":
     in_notebook = get_ipython() is not None
     if not in_notebook:  # as a script, a problem that the reader can mend is one line, not a traceback
-        show_traceback = sys.excepthook
 
         def show_error(kind, error, trace):
             if kind is ReaderError:
                 print(f"error: {error}", file=sys.stderr)
             else:
-                show_traceback(kind, error, trace)
+                sys.__excepthook__(kind, error, trace)
 
         sys.excepthook = show_error
     if RANK > 0:
@@ -987,8 +963,8 @@ if __name__ == "__main__":
 #
 # ### A step of learning
 #
-# All of learning is one step, repeated: let the network redraw a batch of photographs, measure how wrong that is, take the
-# derivative of the error by every weight, and move each weight a little.
+# All of learning is one step, repeated: let the network redraw a batch of photographs, measure how wrong that is, take
+# the derivative of the error by every weight, and move each weight a little.
 
 
 # %%
@@ -1067,25 +1043,19 @@ if __name__ == "__main__":
 # *evaluate* is to reconstruct a picture from its mean and compare: BCE and its floor, mean squared error (MSE), and
 # $\text{PSNR} = -10 \log_{10} \text{MSE}$ in decibels, where 3 more mean half the error.
 #
-# > Choice: evaluation mode. Why: in training mode, batch norm would make a picture's code depend on the others of its batch.
+# > Choice: evaluation mode. Why: in training mode, a picture's code would depend on the others of its batch.
 
 
 # %%
 def encode_mean(vae, images):
-    """Posterior means of images, computed in evaluation mode and in batches. Paper, section 1.6.
-
-    images: uint8 or floats in [0, 1], (N, 3, H, W). Returns (N, latent_dim), float32 on the CPU.
-    """
+    """Posterior means (N, latent_dim), float32 on the CPU, of images (N, 3, H, W), uint8 or in [0, 1]. Section 1.6."""
     with eval_mode(vae):
         batches = progress(images.split(64), "encoding")
         return torch.cat([vae.encoder(prepare_batch(batch, device_of(vae)))[0].cpu() for batch in batches])
 
 
 def decode_images(vae, z):
-    """What the decoder draws for codes, in evaluation mode and in batches.
-
-    z: (N, latent_dim). Returns images in [0, 1], (N, 3, H, W), float32 on the CPU.
-    """
+    """Images in [0, 1], (N, 3, H, W), float32 on the CPU, that the decoder draws for codes z (N, latent_dim)."""
     with eval_mode(vae):
         batches = progress(z.float().split(64), "decoding")
         logits = [vae.decoder(batch.to(device_of(vae))).float().cpu() for batch in batches]
@@ -1093,11 +1063,7 @@ def decode_images(vae, z):
 
 
 def evaluate(vae, images):
-    """Compare images with their reconstructions from the posterior means.
-
-    images: uint8 or floats in [0, 1], (N, 3, H, W). Returns (N, 4), for each image: BCE and its floor (nats a number),
-    MSE, PSNR (dB).
-    """
+    """BCE, its floor (nats a number), MSE, PSNR (dB) of images (N, 3, H, W) redrawn from posterior means; (N, 4)."""
     values, device = [], device_of(vae)
     with eval_mode(vae):
         for batch in progress(images.split(64), "evaluating"):
@@ -1115,16 +1081,21 @@ def evaluate(vae, images):
 # %% [markdown]
 # ### The loop
 #
-# **Paper.** 100 epochs over 105,000 images in batches of 64: 10.5 million images. To make that bearable, all images stay
-# on the device as bytes, and a batch is an index into them, so that nothing is decoded twice and no `DataLoader` is needed;
-# losses stay there until a checkpoint is saved; on a GPU the forward and backward pass are compiled. On two cores of a Xeon
-# with AMX and base width 32, the first edition's `fit` made 265 images a second where the usual pipeline made 87, nearly all
-# of that by number format and layout; the rest is for GPUs. `tests/tools/benchmark.py` measures what each step is worth.
+# **Paper.** 100 epochs over 105,000 images in batches of 64: 10.5 million images. To make that bearable, all images
+# stay on the device as bytes, and a batch is an index into them, so that nothing is decoded twice; losses stay there
+# until a checkpoint is saved; on a GPU forward and backward pass are compiled. On two cores of a Xeon with AMX and base
+# width 32, the first edition's `fit` made 265 images a second where the usual pipeline made 87, nearly all of that by
+# number format and layout; the rest is for GPUs. `tests/tools/benchmark.py` measures what each step is worth.
 #
-# > Choice: the last batch of an epoch is left out if it is incomplete. Why: all steps have one shape, batch norm one count.
+# > Choice: the last batch of an epoch is left out if it is incomplete. Why: all steps have the same shape.
 #
 # The folded cells make it last. *Files* are written beside their final name, flushed, and renamed, so that a crash
 # leaves the old one or the new one, never half of one; shipped weights are safetensors, which cannot carry code.
+#
+# A *run* that was stopped goes on as if nothing had happened: on the same CPU to the last bit. So nothing random may
+# depend on how often it was started: the order of epoch $e$ is drawn from seed $10^9 s + e$, the noise of step $t$ from
+# seed $10^9 s + t$. State is saved after every epoch and every minute, and never over a good one when a loss is not
+# finite. A lock keeps a second process out of the run's folder. Several processes average their gradients.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -1151,10 +1122,7 @@ def save_checkpoint(path, model, info):
 
 
 def load_checkpoint(path):
-    """Read weights written by save_checkpoint; returns (vae, info), the model on the CPU and in eval().
-
-    Raises ReaderError where the file is missing, damaged, or not a checkpoint of this notebook.
-    """
+    """The (vae, info) that save_checkpoint wrote, vae on the CPU and in eval(); ReaderError if the file is no good."""
     try:
         with safe_open(path, "pt") as file:
             info = json.loads(file.metadata()["pegasus_vae"])
@@ -1187,14 +1155,6 @@ def read_history(path):
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-# %% [markdown]
-# A *run* that was stopped goes on as if nothing had happened: on the same CPU to the last bit. So nothing random may
-# depend on how often it was started: the order of epoch $e$ is drawn from seed $10^9 s + e$, the noise of step $t$ from
-# seed $10^9 s + t$. State is saved after every epoch and every minute, and never over a good one when a loss is not
-# finite. A lock keeps a second process out of the run's folder. The last folded cell compiles the step, and averages
-# gradients where several processes train. What is left is the recipe itself, `fit`.
-
-
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def ranks():
     """How many processes train together."""
@@ -1212,21 +1172,13 @@ def join_team(cfg, device):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
-def leave_team():
-    """End all processes but the first, which goes on alone."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if RANK > 0:
-        sys.exit()
-
-
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 class TrainingState:
     """Where a training stands, and the file <checkpoint_dir>/runs/<run_name>/state.pt that keeps it.
 
-    data: the training examples, a tensor of them; names: of the losses that a step reports. epoch, step: position of
-    the next step, from 0; steps: how many an epoch has; losses: (steps, names), of this epoch so far, on the device;
-    history: one dict for each finished epoch; FREE: the settings that do not decide the result.
+    data: a tensor of training examples; names: of the losses that a step reports; steps: how many an epoch has; epoch,
+    step: position of the next one, from 0; losses: (steps, names), of this epoch so far, on the device; history: one
+    dict for each finished epoch; FREE: the settings that do not decide the result.
     """
 
     FREE = {"mode", "data_dir", "output_dir", "checkpoint_dir", "run_name", "device", "horse_weight", "picks_per_class"}
@@ -1304,10 +1256,10 @@ class TrainingState:
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 class TrainingRun(TrainingState):
-    """A context in which a training goes on from its state: it locks the folder, resumes, and saves at the end.
+    """A context in which a training goes on from its state, and saves; ReaderError if its folder is in use.
 
-    stopped: a threading.Event, set by SIGINT (Ctrl-C, Jupyter's stop button), except among several processes: one that
-    stops alone would leave the others waiting. Raises ReaderError for a folder that is in use.
+    stopped: a threading.Event, set by SIGINT (Ctrl-C, Jupyter's stop button), but not among several processes: one that
+    stops alone would leave the others waiting.
     """
 
     def __enter__(self):
@@ -1371,15 +1323,11 @@ class TrainingRun(TrainingState):
         self.save()
 
 
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
 def loss_function(cfg, vae, steps):
     """batch_loss as a function of the images alone, fast in a run of that many steps, averaging over all processes."""
-    model, device = DistributedDataParallel(vae) if ranks() > 1 else vae, device_of(vae)
-
-    def loss_of(x):
-        return batch_loss(model, x, cfg)
-
-    if device.type == "cuda" and steps >= 2000:  # compiling takes its time
+    model = nn.parallel.DistributedDataParallel(vae) if ranks() > 1 else vae
+    loss_of = partial(batch_loss, model, cfg=cfg)
+    if device_of(vae).type == "cuda" and steps >= 2000:  # compiling takes its time
         torch.compiler.reset()  # an earlier run with other settings would make these variable, and so slower
         torch._dynamo.config.suppress_errors = True  # without a C compiler or Triton the model runs as it is
         return torch.compile(loss_of, mode="reduce-overhead" if ranks() == 1 else None)
@@ -1420,13 +1368,12 @@ def fit(cfg, on_epoch=None):
 
 
 # %% [markdown]
-# `torchrun --nproc-per-node=4 pegasus_vae.py --mode paper` trains on four GPUs: each process takes a quarter of every
-# batch, and `DistributedDataParallel` averages their gradients, so that all make the same step. Batch norm then sees
-# 16 pictures instead of 64. Ctrl-C ends all processes at once; at most a minute is lost.
+# `torchrun --nproc-per-node=4 pegasus_vae.py --mode paper` trains on four GPUs: each process takes a
+# quarter of every batch, and `DistributedDataParallel` averages their gradients, so that all make the same step. Batch
+# norm then sees 16 pictures instead of 64. Ctrl-C ends all processes at once; at most a minute is lost.
 #
 # While it trains, eight held-out photographs and their reconstructions are redrawn: blobs of colour first, then
-# outlines, then limbs. Reconstructions that stay grey mean a learning rate too high; codes that collapse to the prior
-# give eight times the same picture.
+# outlines, then limbs. If they stay grey, the learning rate is too high; if all look alike, the codes have collapsed.
 
 
 # %%
@@ -1452,12 +1399,14 @@ if __name__ == "__main__":
         cfg = cfg.model_copy(update={field: info["recipe"][field] for field in shape})
         print(f"shipped weights, trained on {info['data']}, {info['recipe']['epochs']} epochs, {info['device']}")
     else:
-        originals = evenly_spread(load_images(cfg, "test"), 8)
-        rows, alt = {"held out": originals}, "Eight held-out photographs"
+        rows, alt = {"held out": evenly_spread(load_images(cfg, "test"), 8)}, "Eight held-out photographs"
         show_rows(cfg.output_dir / "training.png", rows, "Before training", alt)
         join_team(cfg, device)
         vae, history = fit(cfg, on_epoch=partial(watch, cfg))
-        leave_team()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if RANK > 0:
+            sys.exit()  # the first process goes on alone
         if not history:
             raise ReaderError("stopped before the first epoch was complete: run this cell again to go on")
     vae.to(device)
