@@ -1578,16 +1578,18 @@ if __name__ == "__main__":
 # **Paper.** 64 horses of the test split, picked by hand: mostly white, clearly visible. 64 birds: mostly white, or with
 # large outstretched wings. The birds with dark wings are marked, because their codes will be negated.
 #
-# A horse should be whole, pale, and alone, with its legs in sight; a bird pale, or wide, and not cut by the edge. A
-# head without a body makes a pegasus without a body, and whatever else fills the picture ends up in the mixture too.
-# These were picked by a vision-language model from enlarged sheets of all candidates, and paired by pose: the first horse
-# is mixed with the first bird. You see them first, and change them below.
+# A horse should be whole, pale, and alone, with its legs in sight; a bird pale, or wide, and not cut by the edge. What
+# else fills the picture ends up in the mixture too. These were picked by a vision-language model from enlarged sheets
+# of all candidates, and paired by pose: the first horse is mixed with the first bird. See and change them below.
 #
-# The folded cells keep what you choose in `outputs/picks.json`: picks, dark wings, the best pegasi, and later the places
-# of wings. **The file is the state**: a change locks it, reads it, applies one edit, and writes it atomically, so two
-# notebooks on one file never lose each other's clicks, and undo takes back the latest. A damaged file is set aside, one
-# made on other pictures refused, an entry that fits no candidate left out and reported. Delete the file to get the shipped
-# choices back.
+# The folded cells keep what you choose in `outputs/picks.json`: picks, dark wings, best pegasi, and places of wings.
+# **The file is the state**: a change locks it, reads it, applies one edit, writes it atomically: two notebooks never
+# lose each other's clicks, and undo takes back the latest. A damaged file is set aside, one made on other pictures
+# refused, an entry that fits no candidate left out and reported. Delete the file to return to the shipped choices.
+#
+# The last folded cell sorts the candidates, since nobody wants to leaf through hundreds of birds. White animals stand
+# out as a bright, nearly grey middle before a darker border; wings as a shape that is much wider than an animal on its
+# legs. Both are crude measures of pixels. Once you have some picks, you can sort by likeness to their codes.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -1611,22 +1613,17 @@ class Composition(BaseModel):
         return torch.tensor([[cell == "#" for cell in row] for row in self.cells])
 
 
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
 class Choices(BaseModel):
-    """All that a reader chooses, as it stands in the file. Numbers are indices in the test split's class.
-
-    data identifies the candidates. horse, bird: the picks, the first horse is mixed with the first bird; dark: those
-    of the birds that are negated; best: {batch: positions in it, the best last}; compositions: {horse: Composition}.
-    """
+    """All that a reader chooses, as it stands in the file. Numbers are indices in the test split's class."""
 
     model_config = ConfigDict(extra="forbid")
     format: Literal["pegasus_vae choices 2"] = "pegasus_vae choices 2"
-    data: str
-    horse: list[int] = []
+    data: str  # identifies the candidates
+    horse: list[int] = []  # the picks; the first horse is mixed with the first bird
     bird: list[int] = []
-    dark: list[int] = []
-    best: dict[str, list[int]] = {}
-    compositions: dict[int, Composition] = {}
+    dark: list[int] = []  # those of the birds that are negated
+    best: dict[str, list[int]] = {}  # {batch: positions in it, the best last}
+    compositions: dict[int, Composition] = {}  # {horse: how it gets its wings}
 
     def put(self, part, key, value, position=None):
         """Let a part hold value for key (True in a list; None: nothing), and return the change that undoes that.
@@ -1643,16 +1640,14 @@ class Choices(BaseModel):
         return part, key, values.get(key), place
 
     def leave_out(self, horses, birds):
-        """Drop what is not among the indices of horses and birds, or comes twice; returns the names of that."""
-        dropped = []
+        """Drop what is not among the indices of horses and birds, or comes twice; returns the parts that change."""
+        kept = {"compositions": {h: c for h, c in self.compositions.items() if h in horses and c.bird in birds}}
         for part, allowed in (("horse", horses), ("bird", birds), ("dark", set(self.bird) & set(birds))):
-            entries = list(dict.fromkeys(index for index in getattr(self, part) if index in allowed))
-            dropped += [f"a {part}"] * (entries != getattr(self, part))
-            setattr(self, part, entries)
-        for horse in [h for h, c in self.compositions.items() if h not in horses or c.bird not in birds]:
-            dropped.append(f"the composition of horse {horse}")
-            del self.compositions[horse]
-        return dropped
+            kept[part] = list(dict.fromkeys(index for index in getattr(self, part) if index in allowed))
+        changed = [part for part in kept if kept[part] != getattr(self, part)]
+        for part in changed:
+            setattr(self, part, kept[part])
+        return changed
 
 
 def parse_choices(path):
@@ -1673,16 +1668,15 @@ def parse_choices(path):
 class ChoicesFile:
     """Choices in a JSON file; every change is a transaction on it, and can be undone.
 
-    path: the reader's own file; shipped: the one to start from, if it was made for the same candidates, {"horse":
-    [crc32, ...], "bird": [...]}. origin: whose the choices are; notes: what was wrong; failure: why a change is not on
-    the disk. Raises ReaderError for a file of other data or version, and leaves it alone.
+    path: the reader's file; shipped: where to start, if of the same candidates, {"horse": [crc32, ...], "bird": [...]};
+    listeners: {name: what a change calls}; origin: whose they are; notes, failure: what was wrong, why it is not saved.
     """
 
     def __init__(self, path, shipped, candidates):
         self.path, self.candidates, self.lock = Path(path), candidates, threading.RLock()
         digest = hashlib.sha256(json.dumps(list(candidates.values())).encode()).hexdigest()[:16]
         self.data = "{} horses, {} birds, {}".format(*map(len, candidates.values()), digest)
-        self.listeners, self.past, self.unsaved, self.notes = {}, [], [], []  # {name: function that follows changes}
+        self.listeners, self.past, self.unsaved, self.notes = {}, [], [], []
         self.choices, self.origin, self.failure = Choices(data=self.data), "none", None
         if Path(shipped).exists():
             ours = parse_choices(shipped)
@@ -1693,7 +1687,7 @@ class ChoicesFile:
         self.take_up()
 
     def read(self):
-        """The choices in the file now, without those that fit no candidate; a damaged file is set aside."""
+        """The choices in the file, without what fits no candidate; a damaged one is set aside, a foreign refused."""
         choices = parse_choices(self.path) if self.path.exists() else self.choices.model_copy(deep=True)
         if choices is None:
             aside = self.path.with_name(f"{self.path.stem}.bad-{datetime.now():%Y%m%d-%H%M%S-%f}.json")
@@ -1702,8 +1696,8 @@ class ChoicesFile:
         if choices.data != self.data:
             differ = f"was made on other data ({choices.data}) than {self.data}"
             raise ReaderError(f"{self.path} {differ}: move it, or choose another folder with PEGASUS_OUTPUT_DIR")
-        for text in choices.leave_out(*(range(len(crc32)) for crc32 in self.candidates.values())):
-            self.notes.append(f"{self.path}: {text} fits no picture or comes twice, left out")
+        for part in choices.leave_out(*(range(len(crc32)) for crc32 in self.candidates.values())):
+            self.notes.append(f"{self.path}: what fits no picture or comes twice is left out of {part}")
         return choices
 
     def take_up(self):
@@ -1749,7 +1743,6 @@ class ChoicesFile:
         return inverse
 
     def notify(self):
-        """Tell all that show the choices."""
         for listener in list(self.listeners.values()):
             listener()
 
@@ -1831,19 +1824,6 @@ class PicksFile(ChoicesFile):
         return self["horse"], self["bird"], torch.tensor([bird in self["dark"] for bird in self["bird"]])
 
 
-# %%
-if __name__ == "__main__":
-    crc32 = {"horse": horses.crc32, "bird": birds.crc32}
-    maker = f"weights {weights_digest(vae)}, seed {cfg.seed}, horse weight {cfg.horse_weight:g}"
-    files = cfg.output_dir / "picks.json", cfg.checkpoint_dir / "picks.json"
-    picks = PicksFile(*files, crc32, cfg.picks_per_class, maker)
-
-# %% [markdown]
-# Nobody wants to leaf through hundreds of birds, so the folded cell sorts them for the pickers below. White animals stand
-# out as a bright, nearly grey middle before a darker border; wings as a shape that is much wider than an animal on its
-# legs. Both are crude measures of pixels. Once you have some picks, you can sort by likeness to their codes instead.
-
-
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def whiteness(images):
     """How white the middle half of each image (N, 3, H, W) is: the smallest of R, G and B, averaged; (N,), 0 to 1."""
@@ -1883,6 +1863,9 @@ def most_like(latents, picked):
 
 # %%
 if __name__ == "__main__":
+    maker = f"weights {weights_digest(vae)}, seed {cfg.seed}, horse weight {cfg.horse_weight:g}"
+    files = cfg.output_dir / "picks.json", cfg.checkpoint_dir / "picks.json"
+    picks = PicksFile(*files, {"horse": horses.crc32, "bird": birds.crc32}, cfg.picks_per_class, maker)
     horse_sorts = {"whitest first": whitest_first(horses.images)}
     bird_sorts = {"widest first": widest_first(birds.images), "whitest first": whitest_first(birds.images)}
     for sorts, candidates in ((horse_sorts, horses), (bird_sorts, birds)):
@@ -1897,7 +1880,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### The sheets
 #
-# After changes in the pickers below, run this cell and what follows again (menu *Run*, *Run Selected Cell and All Below*).
+# After changes in the pickers below, run this cell and all below again (*Run*, *Run Selected Cell and All Below*).
 
 
 # %%
@@ -1909,27 +1892,22 @@ def contact_sheet(path, images, title, alt, columns=12):
 
 if __name__ == "__main__":
     picks.take_up()
-    counts = f"{len(picks['horse'])} horses, {len(picks['bird'])} birds, {len(picks['dark'])} with dark wings"
-    print(f"{picks.origin} picks: {counts}")
-    sheets = {"horse": (horses, horse_sorts, "Sheet of the picked horses, most of them white")}
-    sheets["bird"] = birds, bird_sorts, "Sheet of the picked birds, white ones and birds with open wings"
-    for group, (candidates, sorts, alt) in sheets.items():
-        chosen, (name, order) = picks[group], next(iter(sorts.items()))
-        agreed = len(set(chosen) & set(order[: len(chosen)]))
-        print(f"the sort {name!r} would have picked {agreed} of these {len(chosen)} {group}s")
-        if chosen:
-            contact_sheet(cfg.output_dir / f"{group}s.png", candidates.images[chosen], f"Picked {group}s", alt)
+    counts = [len(picks[group]) for group in ("horse", "bird", "dark")]
+    print(f"{picks.origin} picks: {counts[0]} horses, {counts[1]} birds, {counts[2]} with dark wings")
+    for group, candidates, what in (("horse", horses, "most are white"), ("bird", birds, "white, or with open wings")):
+        if picks[group]:
+            title, images = f"Picked {group}s", candidates.images[picks[group]]
+            contact_sheet(cfg.output_dir / f"{group}s.png", images, title, f"{title}, small: {what}")
 
 # %% [markdown]
 # ### The pickers
 #
 # One checkbox a picture, forty pictures a page; click anywhere on the picture, or Tab to it and press Space. They need
-# a running kernel. A new pick goes to the end of its list, and those behind a removed one move up, each to another bird:
-# to exchange a pair, unpick its horse *and* its bird. While a checkbox has the focus, type no letters: Jupyter takes `x`
-# for "cut this cell" (`z` brings it back). Without widgets, `picks.change("horse", 606, True)` does what a click does.
+# a running kernel. A new pick goes to the end of its list, and those behind a removed one move up, each to another
+# bird: to exchange a pair, unpick its horse *and* its bird. While a checkbox has the focus, type no letters: Jupyter
+# takes `x` for "cut this cell" (`z` brings it back). `picks.change("horse", 606, True)` does the same as a click.
 #
-# The folded cells are the pickers themselves. Every picture has a checkbox of its own for good, so that a click that
-# crosses with a page turn still marks the picture you saw.
+# In the folded cells, the pickers, every picture has its own checkbox: a click during a page turn marks what you saw.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 PICKER_STYLE = """<style>
@@ -1937,9 +1915,8 @@ PICKER_STYLE = """<style>
 [data-jp-theme-light="false"] .pegasus-picker { --picked: #56d364; --focus: #79c0ff; }
 .pegasus-picker .pegasus-grid { padding: 6px; }
 .pegasus-cell { position: relative; border-radius: 4px; margin: 2px; }
-.pegasus-cell .widget-checkbox, .pegasus-cell .widget-label-basic { position: static; width: auto; }
+.pegasus-cell .widget-checkbox, .pegasus-cell .widget-label-basic { position: static; width: auto; cursor: pointer; }
 :is(.pegasus-cell, .pegasus-mask) .widget-label-basic::after { content: ""; position: absolute; inset: 0; }
-:is(.pegasus-cell, .pegasus-mask) .widget-label-basic { cursor: pointer; }
 .pegasus-cell input { position: relative; z-index: 1; }
 .pegasus-cell:has(input:checked) { outline: 3px solid var(--picked); font-weight: bold; }
 .pegasus-cell:has(input:focus-visible) { outline: 4px dashed var(--focus); }
@@ -1948,7 +1925,7 @@ PICKER_STYLE = """<style>
 .pegasus-mask { position: absolute; inset: 0; margin: 0; height: 100%; width: 100%; overflow: hidden; }
 .pegasus-mask .widget-checkbox { position: relative; margin: 0; width: auto; height: 100%; }
 .pegasus-mask .widget-checkbox { box-shadow: inset 0 0 0 0.5px rgba(255, 255, 255, 0.5); }
-.pegasus-mask .widget-label-basic { position: static; font-size: 0; width: 100%; height: 100%; }
+.pegasus-mask .widget-label-basic { position: static; font-size: 0; width: 100%; height: 100%; cursor: pointer; }
 .pegasus-mask input { margin: 2px; opacity: 0; }
 .pegasus-mask .widget-checkbox:has(input:checked) { box-shadow: inset 0 0 0 2px #56d364; }
 .pegasus-mask input:checked { opacity: 1; }
@@ -1961,10 +1938,8 @@ PICKER_STYLE = """<style>
 
 def jpeg(image, height=96):
     """A uint8 image (3, H, W), enlarged to a height in pixels, as the bytes of a JPEG file."""
-    picture, file = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
-    size = (height * picture.width // picture.height, height)
-    picture.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-    return file.getvalue()
+    size = (height, height * image.shape[2] // image.shape[1])
+    return encode_jpeg(resize(image, size, InterpolationMode.BICUBIC), quality=90).numpy().tobytes()
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -2006,9 +1981,7 @@ class Controls(widgets.VBox):
                 self.refresh_status()
 
     def add_button(self, name, action):
-        """Make a button that calls action()."""
-        fixed = widgets.Layout(width="88px", flex="0 0 auto")
-        self.buttons[name] = widgets.Button(description=name, layout=fixed)
+        self.buttons[name] = widgets.Button(description=name, layout=widgets.Layout(width="88px", flex="0 0 auto"))
         self.buttons[name].on_click(lambda _: self.attempt(action))
 
     def tell(self, text):
@@ -2053,7 +2026,6 @@ class ImagePicker(Controls):
         self.attempt(self.start)
 
     def discard(self):
-        """Close all widgets, those of other pages too."""
         super().discard(*self.cells.values())
 
     def cell(self, index):
@@ -2073,7 +2045,6 @@ class ImagePicker(Controls):
             self.picks.change(self.group, index, picked)
 
     def start(self):
-        """Sort anew and show the first page."""
         self.order = self.sort.value(self.picks[self.group]) if callable(self.sort.value) else list(self.sort.value)
         self.go_to(0)
 
@@ -2096,7 +2067,6 @@ class ImagePicker(Controls):
         self.go_to(self.page)
 
     def refresh_status(self):
-        """Rewrite the line above the grid."""
         count, target = len(self.picks[self.group]), self.picks.target
         words = {"dark": f"{count} marked as dark-winged", "best": f"{count} of 3 best pegasi picked"}
         text = words.get(self.group, f"{count} of {target} {self.group}s picked")
@@ -2105,11 +2075,9 @@ class ImagePicker(Controls):
 
 
 # %%
-if __name__ == "__main__":
-    horse_picker = ImagePicker(horses.images.__getitem__, picks, "horse", horse_sorts)
-    bird_picker = ImagePicker(birds.images.__getitem__, picks, "bird", bird_sorts)
-    if in_notebook:
-        display(horse_picker, bird_picker)
+if __name__ == "__main__" and in_notebook:
+    display(ImagePicker(horses.images.__getitem__, picks, "horse", horse_sorts))
+    display(ImagePicker(birds.images.__getitem__, picks, "bird", bird_sorts))
 
 # %% [markdown]
 # Now mark the birds whose wings are darker than what is behind them. A code and its negative swap light and dark (the
@@ -2124,10 +2092,8 @@ def beside_negative(vae, birds, index):
     return torch.cat([birds.images[index], negative[0]], dim=2)
 
 
-if __name__ == "__main__":
-    dark_picker = ImagePicker(partial(beside_negative, vae, birds), picks, "dark", bird_sorts, per_page=16)
-    if in_notebook:
-        display(dark_picker)
+if __name__ == "__main__" and in_notebook:
+    display(ImagePicker(partial(beside_negative, vae, birds), picks, "dark", bird_sorts, per_page=16))
 
 # %% [markdown]
 # ## What can be done to a code
