@@ -421,8 +421,8 @@ if __name__ == "__main__":
     print("encoder block", tuple(x.shape), "->", tuple(EncoderBlock(3, 64)(x).shape))
 
 # %% [markdown]
-# The decoder block is its mirror image. Nearest-neighbour enlarging makes each pixel a small square, and the
-# convolution behind it smooths the edges. Unlike a transposed convolution, this leaves no checkerboard pattern.
+# The decoder block is its mirror image. Nearest-neighbour enlarging makes each pixel a small square, and
+# the convolution behind it smooths the edges. Unlike a transposed convolution, this leaves no checkerboard pattern.
 
 
 # %%
@@ -441,10 +441,9 @@ if __name__ == "__main__":
 # ### Encoder
 #
 # Four stages halve the picture from 64 to 4 and widen it from 3 to 512 channels. Then two convolutions as large as
-# what is left, 4x4, look at everything at once and give 512 means and 512 log-variances. With `blocks_per_stage`
-# above 1 (the deeper network that the paper's section 3 suggests) further blocks that do not resize follow in each
-# stage. With `latent_size` 16, which is not the paper's, the picture is halved only until it is 16x16, and a 1x1
-# convolution gives each of these cells a few means and log-variances of its own.
+# what is left, 4x4, give 512 means and 512 log-variances. With `blocks_per_stage` above 1 (the deeper network that the
+# paper's section 3 suggests) each stage goes on with blocks that do not resize. With `latent_size` 16, which is not the
+# paper's, the picture is halved only until it is 16x16, and 1x1 convolutions give each cell its own few of both.
 #
 # > Choice: widths 64, 128, 256 and 512, and 4x4 convolutions to 512 means. Why: the paper's drawing is lost; this
 # > gives 19.75 million parameters and a code 24 times shorter than its picture.
@@ -452,10 +451,7 @@ if __name__ == "__main__":
 
 # %%
 class Encoder(nn.Module):
-    """The approximate posterior q(z | x). Paper, section 1.4.
-
-    forward: images (N, 3, image_size, image_size) in [0, 1] -> mu, logvar, each (N, latent_dim).
-    """
+    """The posterior q(z | x): images (N, 3, H, W) in [0, 1] -> mu, logvar, each (N, latent_dim). Paper, section 1.4."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -483,22 +479,18 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### Decoder
 #
-# The code enters as a single pixel with 512 channels. The first block spreads it over 4x4 pixels, four more double
-# the side to 64. The last convolution gives three *logits* a pixel, real numbers that the sigmoid turns into
-# brightness in [0, 1]; the loss wants the logits themselves.
+# The code enters as a single pixel with 512 channels. The first block spreads it over 4x4 pixels, four more double the
+# side to 64. The last convolution gives three *logits* a pixel, which the sigmoid turns into brightness in [0, 1].
 
 
 # %%
 class Decoder(nn.Module):
-    """The likelihood p(x | z). Paper, section 1.4.
-
-    forward: codes z (N, latent_dim) -> logits (N, 3, image_size, image_size). grid: channels, rows and columns of z.
-    """
+    """The likelihood p(x | z): codes z (N, latent_dim) -> logits (N, 3, H, W). Paper, section 1.4."""
 
     def __init__(self, cfg):
         super().__init__()
         widths = [cfg.base_channels * 2**stage // 2 for stage in range(cfg.stages, -1, -1)]
-        self.grid = (cfg.latent_dim // cfg.latent_size**2, cfg.latent_size, cfg.latent_size)
+        self.grid = (cfg.latent_dim // cfg.latent_size**2, cfg.latent_size, cfg.latent_size)  # channels, rows, columns
         spread = cfg.image_size // 2**cfg.stages // cfg.latent_size
         stages = [DecoderBlock(self.grid[0], widths[0], scale=spread)]
         for wide, narrow in zip(widths, widths[1:]):
@@ -518,15 +510,12 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### The whole, and its picture
 #
-# The VAE joins the two. `spatial` changes its settings to the layout of *Beyond the paper*, drawn here beside the paper's.
+# The VAE joins the two. `spatial` changes its settings to the layout of *Beyond the paper*, drawn beside the paper's.
 
 
 # %%
 class VAE(nn.Module):
-    """Encoder, a draw from the posterior, decoder. Paper, section 1.4.
-
-    forward: images (N, 3, H, W) in [0, 1] -> logits (N, 3, H, W), mu and logvar (N, latent_dim).
-    """
+    """Encoder, a draw, decoder: images (N, 3, H, W) in [0, 1] -> logits, mu, logvar (N, latent_dim). Section 1.4."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -543,8 +532,7 @@ def spatial(cfg):
     """cfg with a latent grid of one cell for 4x4 pixels, and twice as many numbers, spread evenly over the cells."""
     side = cfg.image_size // 4
     numbers = max(1, 2 * cfg.latent_dim // side**2) * side**2
-    changes = {"latent_size": side, "latent_dim": numbers, "run_name": f"{cfg.run_name}-spatial"}
-    return cfg.model_copy(update=changes)
+    return cfg.model_copy(update={"latent_size": side, "latent_dim": numbers, "run_name": f"{cfg.run_name}-spatial"})
 
 
 # %%
@@ -553,14 +541,13 @@ if __name__ == "__main__":
     x = torch.zeros(2, 3, cfg.image_size, cfg.image_size)
     print("VAE", tuple(x.shape), "->", *(tuple(part.shape) for part in vae(x)))
     parameters = sum(p.numel() for p in vae.parameters())
-    in_encoder = sum(p.numel() for p in vae.encoder.parameters())
-    print(f"{parameters:,} parameters, {in_encoder:,} of them in the encoder")
+    print(f"{parameters:,} parameters, {sum(p.numel() for p in vae.encoder.parameters()):,} of them in the encoder")
     size = (cfg.image_size, cfg.base_channels, cfg.latent_dim, cfg.latent_size, cfg.blocks_per_stage)
     assert parameters == 19_753_331 or size != (64, 64, 512, 1, 1)
 
 # %% [markdown]
-# Figures are saved as PNG in `outputs/`, and shown here with a text for those who cannot see them. Most are rows of small
-# pictures, so one function draws these.
+# The folded cells save figures as PNG in `outputs/` and show them here with a text for those who cannot see them; most
+# are rows of small pictures. The second draws the network from the live model: change it, and the drawing changes.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -613,10 +600,6 @@ def evenly_spread(images, count):
     if count >= len(images):
         return images
     return images[torch.linspace(0, len(images) - 1, count).round().long()]
-
-
-# %% [markdown]
-# The folded cell draws the network from the live model: change it, and the drawing changes.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -681,20 +664,17 @@ if __name__ == "__main__":
     draw_pipeline(panels[1], VAE(grid_cfg), grid_cfg, f"The grid layout: {grid_cfg.latent_dim} numbers with places")
     draw_block(panels[2], "encoder\nblock", vae.encoder.stages[0], y=0)
     draw_block(panels[2], "decoder\nblock", vae.decoder.stages[-1], y=-3)
-    title = "The inside of a block: main path above, shortcut below"
-    panels[2].set(xlim=(-1.7, 8.7), ylim=(-4.2, 1.2), title=title)
-    alt = "Boxes joined by lines: a picture shrinks through encoder blocks to mu and sigma, noise enters, and the "
-    alt += "code grows through decoder blocks to logits; once for each layout; below, the inside of the blocks"
+    panels[2].set(xlim=(-1.7, 8.7), ylim=(-4.2, 1.2), title="Inside a block: main path above, shortcut below")
+    alt = "Boxes joined by lines, for each layout: a picture shrinks to mu, sigma, noise enters, a code grows to logits"
     show_figure(cfg.output_dir / "architecture.png", figure, alt)
 
 # %% [markdown]
-# Read the first row as an hourglass: 12,288 numbers become 512 and then 12,288 again, and nothing bypasses the waist. A
-# line around it, like the skip connections of a U-Net, would be a mistake: the code could then stay empty. The loss holds
-# on to it at two places, in red: the divergence to what the encoder says, BCE to what comes out. The second row has a
-# wider waist and a shallower network. Below, count along the two paths of a block: the main path has one convolution, two
-# batch norms and one activation more than the shortcut, as the paper says.
-
-# %% [markdown]
+# Read the first row as an hourglass: 12,288 numbers become 512 and then 12,288 again, and nothing
+# bypasses the waist. A line around it, like the skip connections of a U-Net, would be a mistake: the code could then
+# stay empty. The loss holds on to it at two places, in red: the divergence to what the encoder says, BCE to what comes
+# out. The second row has a wider waist and a shallower network. Below, count along the two paths of a block: the main
+# path has one convolution, two batch norms and one activation more than the shortcut, as the paper says.
+#
 # ## The loss
 #
 # **Paper.** Binary cross-entropy (BCE) of the logits plus 0.01 times the divergence,
