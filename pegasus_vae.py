@@ -769,14 +769,15 @@ def learning_rate(cfg, epoch):
 # pictures to pick horses and birds from come from the *test* split, which training never sees.
 #
 # Two layouts of `data_dir` are understood: `stl10_binary/train_X.bin ...`, STL-10 as its authors publish it, and
-# `train/<class>/`, `unlabeled/`, `test/<class>/` with JPEG or PNG files in the same three splits. In paper mode a missing
-# STL-10 is downloaded and its MD5 checked. It stores a picture as 3 x 96 x 96 bytes *column by column*; read row by row,
-# all horses lie on their side.
+# `train/<class>/`, `unlabeled/`, `test/<class>/` with JPEG or PNG files in the same three splits. In paper mode a
+# missing STL-10 is downloaded and its MD5 checked. It is stored *column by column*; read by rows, horses lie down.
 #
 # > Choice: Pillow's bilinear resize, which is what `transforms.Resize(64)` does, after a centre crop if the picture is
 # > not square. Why: Pillow resizes in integers, the same on every machine, so that checksums can recognise a picture.
 #
 # The folded cells find, fetch and read pictures; a broken file is reported and left out, a damaged archive refused.
+# Reading 113,000 files takes half a minute, and no epoch should wait for that: the images are made once into one file
+# of bytes that later starts map into memory; change one picture, and it is made again.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -807,25 +808,17 @@ def stl10_pictures(folder, part):
     """[(class name or "", uint8 (3, 96, 96) by columns), ...] of a part of STL-10; ReaderError if it is not whole."""
     file = folder / f"{part}_X.bin"
     try:
-        count, rest = divmod(file.stat().st_size, 3 * 96 * 96)
-        if rest or not count:
-            raise ValueError(f"{file.stat().st_size} bytes, no multiple of {3 * 96 * 96}")
-        pixels = np.memmap(file, np.uint8, "r").reshape(count, 3, 96, 96)  # (picture, channel, column, row)
-        names = [""] * count
+        pixels = np.memmap(file, np.uint8, "r").reshape(-1, 3, 96, 96)  # (picture, channel, column, row)
+        names = [""] * len(pixels)
         if part != "unlabeled":
             classes = (folder / "class_names.txt").read_text().split()
             labels = np.fromfile(folder / f"{part}_y.bin", np.uint8)  # counted from 1
-            if len(labels) != count or not 1 <= labels.min() <= labels.max() <= len(classes):
-                raise ValueError(f"{count} images, {len(labels)} labels, not all of 1 to {len(classes)}")
+            if len(labels) != len(pixels) or not 1 <= labels.min() <= labels.max() <= len(classes):
+                raise ValueError(f"{len(pixels)} images, {len(labels)} labels, not all of 1 to {len(classes)}")
             names = [classes[label - 1] for label in labels]
     except (OSError, ValueError) as error:
         raise ReaderError(f"{file} cannot be used ({error}): unpack STL-10 again") from None
     return list(zip(names, np.asarray(pixels)))  # views: nothing is read yet
-
-
-# %% [markdown]
-# Reading 113,000 files takes half a minute, and no epoch should wait for that. The next folded cell makes the images
-# once into one file of bytes that later starts map into memory; change one picture, and it is made again.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -840,9 +833,11 @@ def load_split(cfg, split):
         raise ReaderError(f"no images in {cfg.data_dir}: put {layouts} there, or set PEGASUS_DATA_DIR")
     if layout == "stl10":
         files = sorted((cfg.data_dir / "stl10_binary").iterdir())
+        named = [pair for part in parts for pair in stl10_pictures(cfg.data_dir / "stl10_binary", part)]
     else:
         files = [file for part in parts for file in sorted((cfg.data_dir / part).rglob("*"))]
         files = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
+        named = [("" if file.parent.name == "unlabeled" else file.parent.name, file) for file in files]
     if not files:
         raise ReaderError(f"no images of {split} in {cfg.data_dir}: unpack again")
     states = [(str(file), (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
@@ -851,18 +846,11 @@ def load_split(cfg, split):
     cache = cfg.output_dir / "cache" / f"{split}-{cfg.image_size}-{source:08x}.safetensors"
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_suffix(".lock")):  # a second process waits for the first one's cache
-        try:
-            with safe_open(cache, "pt") as file:
-                if file.metadata()["stamp"] == stamp:
-                    classes = json.loads(file.metadata()["classes"])
-                    return file.get_tensor("images"), file.get_tensor("labels"), classes
-        except (FileNotFoundError, SafetensorError, KeyError, TypeError):
-            pass  # none, or not a whole one
-        if layout == "stl10":
-            named = [pair for part in parts for pair in stl10_pictures(cfg.data_dir / "stl10_binary", part)]
-        else:
-            named = [("", file) if file.parent.name == "unlabeled" else (file.parent.name, file) for file in files]
-        return build_cache(cfg, named, cache, stamp)
+        with suppress(FileNotFoundError, SafetensorError, KeyError, TypeError), safe_open(cache, "pt") as file:
+            if file.metadata()["stamp"] == stamp:
+                classes = json.loads(file.metadata()["classes"])
+                return file.get_tensor("images"), file.get_tensor("labels"), classes
+        return build_cache(cfg, named, cache, stamp)  # there was none, or not a whole one, or of other pictures
 
 
 def build_cache(cfg, named, cache, stamp):
@@ -894,8 +882,7 @@ def build_cache(cfg, named, cache, stamp):
 def load_images(cfg, split, class_name=None):
     """The images of a split at cfg.image_size, uint8 (N, 3, image_size, image_size). Paper, section 1.5.
 
-    split: "train", "unlabeled", "test", or parts joined by "+". class_name: only this class. Raises ReaderError where
-    there are no images or no such class.
+    split: see load_split; class_name: only this class. Raises ReaderError where there are no images or no such class.
     """
     images, labels, classes = load_split(cfg, split)
     if class_name is None:
@@ -928,17 +915,16 @@ if __name__ == "__main__":
         print(f"no images in {cfg.data_dir}: the shipped codes are used, drawn by the decoder")
 
 # %% [markdown]
-# With a data folder, the figure shows evenly spread samples. They should look like photographs the right way up: a
-# sideways horse would mean rows and columns were exchanged, odd colours that the channels were.
+# Evenly spread samples should look like photographs the right way up: a sideways horse would mean that
+# rows and columns were exchanged, odd colours that the channels were.
 #
-# > **Which photographs.** STL-10 could not be had where this was made. What stands in for it are 113,000 photographs in its
-# > very splits and counts: nearly all of Tiny ImageNet (from ImageNet, as STL-10's unlabeled pictures are), birds of
-# > CUB-200, PACS, four sets made for telling animals apart, and 246 of STL-10's own unlabeled pictures. 1,102 of the 8,000
-# > test pictures are CIFAR-10's, enlarged, none of them a horse or a bird. The network on the grid learned from
-# > these 105,000. **The paper's own layout did not yet**: its weights are those of this notebook's first edition, taught
-# > by 60,522 photographs, most of them 32 pixels wide. The model card names the sources.
-
-# %% [markdown]
+# > **Which photographs.** STL-10 could not be had where this was made. What stands in for it are 113,000 photographs in
+# > its very splits and counts: nearly all of Tiny ImageNet (from ImageNet, as STL-10's unlabeled pictures are), birds
+# > of CUB-200, PACS, four sets made for telling animals apart, and 246 of STL-10's own unlabeled pictures. 1,102 of the
+# > 8,000 test pictures are CIFAR-10's, enlarged, none of them a horse or a bird. The network on the grid learned from
+# > these 105,000. **The paper's own layout did not yet**: its weights are those of this notebook's first edition,
+# > taught by 60,522 photographs, most of them 32 pixels wide. The model card names the sources.
+#
 # ## Training
 #
 # ### A step of learning
