@@ -15,8 +15,7 @@
 # %% [markdown]
 # # Breeding pegasi with a variational autoencoder
 #
-# *Using variational autoencoders as generative models*, a short paper, built, trained, measured, and taken one
-# step further
+# *Using variational autoencoders as generative models*, a short paper, built, trained, measured, and taken further
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 from pathlib import Path
@@ -26,17 +25,15 @@ from IPython.display import Image as Picture
 from IPython.display import display
 
 if __name__ == "__main__" and get_ipython() and Path("checkpoints/title.png").exists():
-    alt = "A large pale winged horse; beside it two grids of 64 small pictures: the paper's pegasi, soft shapes "
-    alt += "between horse and bird, and composed ones, pale horses with wings"
+    alt = "A large pale winged horse; beside it 64 soft shapes between horse and bird, and 64 pale horses with wings"
     display(Picture(filename="checkpoints/title.png", alt=alt))
 
 # %% [markdown]
 # Nobody has photographed a pegasus, so no data set holds one. Two networks drew the pictures above; both have seen
-# photographs only, horses and birds among them. Each learned to write a photograph down as some hundreds of numbers, its
-# *code*, and to draw a picture back from a code. Between the code of a white horse and that of a bird on the wing lie codes
-# of no photograph, and now and then they draw a horse with wings: the 64 in the middle, made as the paper makes them. On
-# the right and, large, on the left, a second network: in its code every number also has a place, so that a wing can be put
-# where it belongs.
+# photographs only, horses and birds among them. Each learned to write a photograph down as some hundreds of numbers,
+# its *code*, and to draw a picture back from a code. Between the code of a white horse and that of a bird on the wing
+# lie codes of no photograph, and now and then they draw a horse with wings: the 64 in the middle, made the paper's way.
+# On the right and, large, on the left, a second network, in whose code every number has a place, and so has a wing.
 #
 # This notebook builds these networks from the first convolution to the winged horse. It follows the paper claim by
 # claim: what it says, what we chose where it is silent, what we had to correct, and what came out when we measured
@@ -44,8 +41,7 @@ if __name__ == "__main__" and get_ipython() and Path("checkpoints/title.png").ex
 #
 # **Contents**
 #
-# 1. [Autoencoders](#Autoencoders) and [variational autoencoders](#Variational-autoencoders): the loss, derived, and
-#    checked by code
+# 1. [Autoencoders](#Autoencoders) and [variational autoencoders](#Variational-autoencoders): the loss, derived, checked
 # 2. [The network](#The-network), [the loss](#The-loss), [the data](#The-data) and [the training](#Training)
 # 3. [What it learned](#What-it-learned): curves, reconstructions, and draws from the prior
 # 4. [Picking horses and birds](#Picking-horses-and-birds) with checkboxes
@@ -57,21 +53,19 @@ if __name__ == "__main__" and get_ipython() and Path("checkpoints/title.png").ex
 # **Half an hour?** Run all cells first (menu *Run*; a minute). Then read
 # [Variational autoencoders](#Variational-autoencoders) (6 minutes), the figure in
 # [The whole, and its picture](#The-whole,-and-its-picture) (2), [The loss](#The-loss) (4),
-# [A step of learning](#A-step-of-learning) (2), [Draws from the prior](#Draws-from-the-prior) (3). Exchange a horse and a
-# bird of your own in [Picking horses and birds](#Picking-horses-and-birds) (unpick one, pick another: there must be 64),
-# run what follows again, and see what they give in [The 64 pegasi](#The-64-pegasi) (8). Put a wing on a horse in
+# [A step of learning](#A-step-of-learning) (2), [Draws from the prior](#Draws-from-the-prior) (3). Exchange a horse and
+# a bird of your own in [Picking horses and birds](#Picking-horses-and-birds) (unpick one, pick another: there must be
+# 64), run what follows again, and see what they give in [The 64 pegasi](#The-64-pegasi) (8). Put a wing on a horse in
 # [The wing composer](#The-wing-composer) (4), and read [what is generated](#What-is-generated,-and-what-is-copied) (1).
 #
-# Cells whose code is folded to a bar are machinery: files, widgets, drawing. A sentence above each says what it
-# guarantees. You can follow the story without opening them; a click does.
+# Cells folded to a bar, which a click opens, are machinery; a sentence above says what they guarantee, which is enough.
 #
 # > **Who did what.** Which horses and birds were picked, which wings were put on which horse, and what was counted
 # > as a winged horse was decided by a vision-language model (Claude) that looked at the pictures; no person has
-# > done it. The paper's author picked by hand. So can you: your clicks replace the model's choices. **Learned from:** the
-# > network on the grid from 105,000 photographs in STL-10's splits, most of them of Tiny ImageNet, since STL-10 itself
-# > could not be had; the one in the paper's layout, still, from 60,522 softer ones (see [The data](#The-data)).
-
-# %% [markdown]
+# > done it. The paper's author picked by hand, and so can you. **Learned from:** the network on the grid from 105,000
+# > photographs in STL-10's splits, most of them of Tiny ImageNet, since STL-10 itself could not be had; the one in the
+# > paper's layout, still, from 60,522 softer ones (see [The data](#The-data)).
+#
 # ## How to run it
 #
 # | mode | images | training | what for |
@@ -266,14 +260,11 @@ if __name__ == "__main__":
 # Our picture has 3 x 64 x 64 = 12,288 numbers and its code 512, one for every 24. What the decoder cannot guess from
 # those, it averages over: that is where the blur of such models comes from.
 #
-# > **Correction.** The paper's section 1.1 calls the reconstruction $E(D(x))$. A picture must be encoded before its
-# > code can be decoded, so it is $D(E(x))$.
+# > **Correction.** The paper's section 1.1 calls the reconstruction $E(D(x))$; encoding comes first: $D(E(x))$.
 #
 # An autoencoder stores; it does not invent. Nothing in (1) says *where* the codes lie, and between the codes of two
-# pictures there may be nothing but noise. To mix a horse with a bird we need that the space in between means
-# something.
-
-# %% [markdown]
+# pictures there may be nothing but noise. To mix a horse with a bird, the space in between must mean something.
+#
 # ## Variational autoencoders
 #
 # Turn it round and begin with the code. A picture comes about in two steps: a code is drawn from a standard normal
@@ -294,13 +285,11 @@ if __name__ == "__main__":
 #
 # $$D_\text{KL}(q \,\|\, p) = \int q(z) \log \frac{q(z)}{p(z)} \, dz \tag{2}$$
 #
-# is zero only where the posterior is the prior, so that the code says nothing about the picture; averaged over pictures it
-# bounds what the code says from above.
+# is zero only where the posterior is the prior; averaged over pictures, it bounds what the code says from above.
 #
 # > **Correction.** The paper's (2) is $D_\text{KL}(p \,\|\, q)$ and its (3) is $D_\text{KL}(q \,\|\, p)$. They differ,
 # > and the bound needs the second: from the posterior $q$ to the prior $p$, averaged over $q$.
-
-# %% [markdown]
+#
 # ### Sampling without losing the gradient
 #
 # For each picture the encoder predicts a Gaussian, $q(z \mid x) = \mathcal N(\mu, \operatorname{diag} \sigma^2)$, by
@@ -682,11 +671,11 @@ if __name__ == "__main__":
 # $$\mathcal L_\text{VAE} = \text{BCE}(x, \hat x) + 0.01 \cdot D_\text{KL}. \tag{5}$$
 #
 # BCE treats each brightness $x \in [0, 1]$ as the probability of a bright pixel:
-# $\text{BCE} = -x \log \hat x - (1 - x) \log (1 - \hat x)$, with $\hat x$ the sigmoid of the logits. Were pixels
-# black or white, this would be $-\log p(x \mid z)$ exactly, and (5) the negative ELBO with a weight; for greys it is
-# no longer a normalised likelihood, but still a fair measure of error. It is smallest at $\hat x = x$, but not zero
-# there: the *floor* $-x \log x - (1 - x) \log(1 - x)$ remains, about 0.55 on photographs. We therefore show BCE minus
-# its floor, which is what the network can do something about. (All in *nats*, from natural logarithms: 1 nat is 1.44 bits.)
+# $\text{BCE} = -x \log \hat x - (1 - x) \log (1 - \hat x)$, with $\hat x$ the sigmoid of the logits. Were pixels black
+# or white, this would be $-\log p(x \mid z)$ exactly, and (5) the negative ELBO with a weight; for greys it is no
+# normalised likelihood, but a fair measure of error. It is smallest at $\hat x = x$, but not zero there: the *floor*
+# $-x \log x - (1 - x) \log(1 - x)$ remains, about 0.55 on photographs. We show BCE minus its floor, the part that the
+# network can change. (All in *nats*, from natural logarithms: 1 nat is 1.44 bits.)
 #
 # The paper does not say whether the two terms are summed or averaged, and this decides what 0.01 means. Take the mean
 # of BCE over $P = 12{,}288$ pixel values and the mean of the divergence over $d = 512$ dimensions:
@@ -694,23 +683,11 @@ if __name__ == "__main__":
 # $$\frac1P \sum_p \text{BCE}_p + 0.01 \cdot \frac1d D_\text{KL}
 #   = \frac1P \Big( \sum_p \text{BCE}_p + \beta \, D_\text{KL} \Big), \qquad \beta = 0.01 \cdot \frac Pd = 0.01 \cdot 24 = 0.24.$$
 #
-# In the bracket stands a negative ELBO whose divergence has the weight $\beta$ [6]; $\beta = 1$ is the VAE of the
-# derivation. The other readings of the paper's sentence:
-
-
-# %%
-if __name__ == "__main__":
-    pixels = 3 * cfg.image_size**2
-    print(f"{'BCE over pixels':>16} {'KL over dimensions':>19} {'effective beta':>15}")
-    factors = (("mean", "mean", pixels / cfg.latent_dim), ("mean", "sum", pixels), ("sum", "sum", 1))
-    for bce_by, kl_by, beta in factors:
-        print(f"{bce_by:>16} {kl_by:>19} {cfg.kl_weight * beta:15.2f}")
-
-# %% [markdown]
+# The bracket is a negative ELBO with weight $\beta$ on the divergence [6]; the VAE derived above has $\beta = 1$.
+#
 # > Choice: mean and mean, $\beta = 0.24$. Why: with a summed divergence against a mean BCE, $\beta = 123$, saying
 # > anything about the picture would cost more than it gains, and all codes would collapse to the prior (*posterior
-# > collapse*). Sum and sum, 0.01, would hardly be a VAE: faithful copies, but codes that do not fill the space
-# > between them. `reduction="sum"` tries it.
+# > collapse*). Sum and sum, `reduction="sum"`, 0.01, would hardly be a VAE: faithful copies, and gaps between codes.
 
 
 # %%
@@ -745,15 +722,14 @@ if __name__ == "__main__":
     loss = vae_loss(perfect, images, at_prior, at_prior)
     print(f"perfect copy of uniform noise: total {loss.total:.3f}, BCE {loss.bce:.3f}, KL {loss.kl:.3f}")
     assert loss.kl == 0 and abs(loss.bce - 0.5) < 0.01, "the floor of uniform noise is 1/2"
-    worse = vae_loss(perfect + 1, images, at_prior, at_prior)
-    assert worse.bce > loss.bce, "nothing beats the perfect copy"
+    assert vae_loss(perfect + 1, images, at_prior, at_prior).bce > loss.bce, "nothing beats the perfect copy"
     summed = vae_loss(perfect, images, at_prior + 1, at_prior, 0.01, "sum")
     assert summed.total == summed.bce + 0.01 * summed.kl and summed.kl == 0.5 * cfg.latent_dim
 
 # %% [markdown]
 # **Paper.** Learning rate 0.0004, annealed linearly over 100 epochs: large steps while everything is wrong, small ones
-# to settle. We take one value an epoch, $\text{lr} \cdot (1 - \text{epoch} / \text{epochs})$, which would reach zero
-# just after the last epoch, and Adam with PyTorch's defaults, since the paper names no optimiser. Nothing is augmented.
+# to settle. We take one value an epoch, $\text{lr} \cdot (1 - \text{epoch} / \text{epochs})$, zero just after the last,
+# and Adam with PyTorch's defaults, since the paper names no optimiser. Nothing is augmented.
 
 
 # %%
@@ -1383,50 +1359,41 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    epochs = [record["epoch"] for record in history]
-    curves = {"BCE above its floor, held out": "nats a colour value", "KL, training": "nats a latent dimension"}
-    curves["PSNR, held out"] = "dB"
-    values = [[record["test_bce"] - record["test_floor"] for record in history]]
-    values += [[record[name] for record in history] for name in ("kl", "test_psnr")]
+    curves = {name: torch.tensor([record[name] for record in history]) for name in history[0]}
     figure, panels = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
-    for axes, (name, unit), curve in zip(panels, curves.items(), values):
-        axes.plot(epochs, curve, "o-", markersize=3)
+    for axes, name, unit, curve in (
+        (panels[0], "BCE above its floor, held out", "nats a colour value", curves["test_bce"] - curves["test_floor"]),
+        (panels[1], "KL, training", "nats a latent dimension", curves["kl"]),
+        (panels[2], "PSNR, held out", "dB", curves["test_psnr"]),
+    ):
+        axes.plot(curves["epoch"], curve, "o-", markersize=3)
         axes.set(xlabel="epoch", ylabel=unit, title=name)
         axes.grid(alpha=0.3)
-    alt = "Three curves over epochs: BCE above its floor falls, KL and PSNR rise"
-    show_figure(cfg.output_dir / "curves.png", figure, alt)
+    show_figure(cfg.output_dir / "curves.png", figure, "Three curves over epochs: BCE falls, KL and PSNR rise")
     print("after epoch {epoch:.0f}: BCE {test_bce:.4f}, PSNR {test_psnr:.2f} dB".format(**history[-1]))
 
 # %% [markdown]
-# Left and right are the same story told twice: reconstructions get closer to photographs that were never trained on. (The
-# shipped curve is of the first edition's softer held-out pictures, 512 of them; the table below takes all of today's.) The
-# middle curve is what the code says about a picture at most. It must not fall to zero, which would be a code that says
+# Left and right are the same story told twice: reconstructions get closer to photographs that were never trained on.
+# (The shipped curve is of 512 of the first edition's softer pictures; the table below takes all of today's.) The middle
+# curve is what the code says about a picture at most. It must not fall to zero, which would be a code that says
 # nothing. A left curve that turned upward would mean overfitting: the network memorises its training pictures.
 #
-# From here on we work with the test split's horses and birds, the *candidates* for picking. The folded cell loads
-# them with their codes. Without a data folder the shipped codes are decoded, and what you see is the decoder's idea of
-# each photograph; all that follows works with either.
+# From here on we work with the test split's horses and birds, the *candidates* for picking. The folded cell loads them
+# with their codes. Without a data folder the shipped codes are decoded: you see the decoder's idea of each photograph.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 class Candidates(NamedTuple):
-    """All pictures of a class to pick from.
+    """All pictures of a class to pick from."""
 
-    images: uint8 (N, 3, H, W); latents: their codes, (N, latent_dim); crc32: checksums of the photographs' pixels,
-    (N,); originals: whether images are the photographs or the decoder's drawings of them.
-    """
-
-    images: torch.Tensor
-    latents: torch.Tensor
-    crc32: list
-    originals: bool
+    images: torch.Tensor  # uint8 (N, 3, H, W)
+    latents: torch.Tensor  # their codes, (N, latent_dim)
+    crc32: list  # checksums of the photographs' pixels
+    originals: bool  # whether images are the photographs, or the decoder's drawings of them
 
 
 def load_candidates(cfg, vae, class_name):
-    """Candidates of a class of the test split: from cfg.data_dir, or else those that ship.
-
-    Raises ReaderError if neither can be read, or if the shipped codes are not of these weights.
-    """
+    """Candidates of a class of the test split, or those that ship; ReaderError if these are not of the same weights."""
     if find_data(cfg):
         images = load_images(cfg, "test", class_name)
         crc32 = [zlib.crc32(image.numpy().tobytes()) for image in images]
@@ -1450,16 +1417,14 @@ def load_candidates(cfg, vae, class_name):
 
 # %%
 if __name__ == "__main__":
-    horses = load_candidates(cfg, vae, "horse")
-    birds = load_candidates(cfg, vae, "bird")
+    horses, birds = (load_candidates(cfg, vae, name) for name in ("horse", "bird"))
     shown = "photographs" if horses.originals else "drawn by the decoder from shipped codes"
     print(f"{len(horses.images)} horses and {len(birds.images)} birds, {shown}")
 
 # %% [markdown]
 # ### Reconstructions
 #
-# **Paper.** Reconstructions of test images are blurry, but their outlines and some texture survive. Here are ours; each
-# number is a mean over pictures.
+# **Paper.** Reconstructions of test images are blurry, but outlines and some texture survive. Ours, on average:
 
 
 # %%
@@ -1473,27 +1438,21 @@ if __name__ == "__main__":
     for name, (bce, floor, mse, psnr) in held_out.items():
         print(f"{name:>12} {bce:8.4f} {floor:8.4f} {bce - floor:8.4f} {mse:8.5f} {psnr:8.2f}")
         assert bce > floor and mse > 0
-
-# %%
-if __name__ == "__main__":
     rows = {}
     for name, candidates in (("horse", horses), ("bird", birds)):
         some = evenly_spread(torch.arange(len(candidates.images)), 12)
         if candidates.originals:
             rows[name] = candidates.images[some]
         rows[f"{name},\nreconstruction"] = decode_images(vae, candidates.latents[some])
-    title = f"Held-out pictures, reconstructed from {cfg.latent_dim} numbers"
     alt = "Rows of twelve test horses and birds; reconstructions are softer than their originals"
-    show_rows(cfg.output_dir / "reconstructions.png", rows, title, alt)
+    show_rows(cfg.output_dir / "reconstructions.png", rows, f"Reconstructions from {cfg.latent_dim} numbers", alt)
 
 # %% [markdown]
 # Look for the outline, the pose, and the colours of animal and ground: in most these survive. Thin legs, eyes and
 # feathers do not, and neither does a horse that is seen from an unusual side. The error is smallest for the average of
-# all pictures that fit the code, and the average of many sharp legs is one soft leg. If reconstructions showed
-# *another* horse than the original, the code would be too weak; if they were as sharp as the originals, we should
-# suspect that test pictures had been trained on.
-
-# %% [markdown]
+# all pictures that fit the code, and the average of many sharp legs is one soft leg. *Another* horse than the original
+# would mean that the code is too weak; reconstructions as sharp as originals, that test pictures had been trained on.
+#
 # ### Draws from the prior
 #
 # The promise of the KL term was that draws from $\mathcal N(0, I)$ are codes of something. In the first row below they
@@ -1532,13 +1491,12 @@ if __name__ == "__main__":
     print(f"strongest correlation of two dimensions {correlation.max():.2f}, where the prior has none")
 
 # %% [markdown]
-# Above, patches of colour that fit their neighbours, but nothing to name. Below, at no cost, a ground, a sky, and a
-# pale or dark middle where the animal should be: the covariance knows which numbers go together. It does not know
-# legs, since a Gaussian has one centre and horses stand in many poses. The paper does not sample its pegasi either: it
-# starts from real horses and birds. If all draws looked alike, the codes would have collapsed; the last
+# Above, patches of colour that fit their neighbours, but nothing to name. Below, at no cost, a ground, a
+# sky, and a pale or dark middle where the animal should be: the covariance knows which numbers go together. It does not
+# know legs, since a Gaussian has one centre and horses stand in many poses. The paper does not sample its pegasi
+# either: it starts from real horses and birds. If all draws looked alike, the codes would have collapsed; the last
 # lines count the dimensions whose posterior mean moves from picture to picture.
-
-# %% [markdown]
+#
 # ## Picking horses and birds
 #
 # **Paper.** 64 horses of the test split, picked by hand: mostly white, clearly visible. 64 birds: mostly white, or with
@@ -2075,10 +2033,7 @@ if __name__ == "__main__" and in_notebook:
 
 # %%
 def negation_correlation(vae, z):
-    """Correlation over pixels and colours of D(z) - D(0) and D(-z) - D(0).
-
-    z: (N, latent_dim). Returns (N,), -1 for a perfect negative.
-    """
+    """Correlation of D(z) - D(0) and D(-z) - D(0) for codes z (N, latent_dim); (N,), -1 for a perfect negative."""
     average = decode_images(vae, torch.zeros_like(z[:1]))
     departures = [(decode_images(vae, code) - average).flatten(1) for code in (z, -z)]  # (N, 3 * H * W)
     return F.cosine_similarity(*(d - d.mean(dim=1, keepdim=True) for d in departures), dim=1)
@@ -2088,8 +2043,7 @@ if __name__ == "__main__":
     horse_picks, bird_picks, dark_winged = picks.require()  # picks_per_class each
     correlation = negation_correlation(vae, evenly_spread(all_codes, 256))
     print(f"length of the mean code {all_codes.mean(dim=0).norm():.1f}, mean length of a code {length:.1f}")
-    print(f"D(z) and D(-z) of {len(correlation)} candidates correlate by {correlation.mean():.2f} on average,")
-    print(f"by {correlation.max():.2f} at the weakest")
+    print(f"D(z) and D(-z) correlate by {correlation.mean():.2f} on average, by {correlation.max():.2f} at the weakest")
     some = list(dict.fromkeys([*picks["dark"], *bird_picks]))[:12]  # the dark ones first
     rows = {"bird": birds.images[some]} if birds.originals else {}
     rows["D(z)"] = decode_images(vae, birds.latents[some])
@@ -2101,8 +2055,7 @@ if __name__ == "__main__":
 # A dark bird on a bright sky becomes a light shape on a dark ground: the claim holds, with a condition the paper does
 # not mention. The background is negated with the wings, so a dark bird on a *dark* ground gains nothing. Mark a bird by
 # its contrast to what is behind it. If the two lower rows looked alike, the decoder would ignore the sign.
-
-# %% [markdown]
+#
 # ### Between two codes
 #
 # **Paper.** Linear interpolation in which the horse has the weight $w = 0.6$,
@@ -2126,11 +2079,10 @@ def make_pegasus(horse_mu, bird_mu, dark_winged, horse_weight=0.6):
 
 
 # %% [markdown]
-# In 512 dimensions two unrelated vectors are almost at right angles. Then the mixture of two equally long ones is
-# shorter than both: $\sqrt{0.6^2 + 0.4^2} = 0.72$ of their length. Since distance from the origin is departure from the
-# average picture, the mixture has less contrast than either parent. Two remedies: *rescale* the result to its parents'
-# mean length, or go from one to the other along an arc, at the angle $\theta$ between them (*spherical* interpolation,
-# *slerp*):
+# In 512 dimensions two unrelated vectors are almost at right angles. Then the mixture of two equally long
+# ones is shorter than both: $\sqrt{0.6^2 + 0.4^2} = 0.72$ of their length. Since distance from the origin is departure
+# from the average picture, the mixture has less contrast than either parent. Two remedies: *rescale* the result to its
+# parents' mean length, or go along an arc, at the angle $\theta$ between them (*spherical* interpolation, *slerp*):
 #
 # $$z = \frac{\sin(w \theta) \, z_\text{horse} + \sin((1 - w) \theta) \, z_\text{bird}}{\sin \theta}.$$
 
@@ -2143,10 +2095,7 @@ def restore_norm(z, horse_mu, bird_mu, horse_weight=0.6):
 
 
 def slerp(horse_mu, bird_mu, horse_weight=0.6):
-    """Spherical interpolation: the point at 1 - horse_weight of the angle from horse to bird.
-
-    horse_mu, bird_mu: (N, latent_dim). Returns (N, latent_dim).
-    """
+    """Spherical interpolation: the points at 1 - horse_weight of the angle from horse to bird. All (N, latent_dim)."""
     cosine = F.cosine_similarity(horse_mu, bird_mu, dim=1)[:, None]
     angle = torch.acos(cosine.clamp(-0.9999, 0.9999))  # (N, 1)
     horse_part = torch.sin(horse_weight * angle) * horse_mu
@@ -2168,13 +2117,12 @@ if __name__ == "__main__":
     rows = {"horse": horses.images[horse_picks[:12]], "bird": birds.images[bird_picks[:12]]}
     rows |= {name: decode_images(vae, codes[name][:12]) for name in ("mixtures", "rescaled", "arc")}
     alt = "Twelve pairs of horse and bird, and three mixtures of each; the last two have more contrast"
-    title = f"Mixing with weight {cfg.horse_weight} for the horse"
-    show_rows(cfg.output_dir / "interpolation.png", rows, title, alt)
+    show_rows(cfg.output_dir / "interpolation.png", rows, f"Mixing with weight {cfg.horse_weight} for the horse", alt)
 
 # %% [markdown]
-# Plain mixtures are the paper's: the safest, and the weakest in contrast. Rescaled ones have the contrast of
-# their drawn parents and show shapes that the plain ones only hint at; they also commit to more nonsense. A mixture equal to
-# one of its parents would mean that the weight was not applied. We keep the paper's recipe for the batch.
+# Plain mixtures are the paper's: the safest, and the weakest in contrast. Rescaled ones have the contrast
+# of their drawn parents and show shapes that the plain ones only hint at; they also commit to more nonsense. A mixture
+# equal to one of its parents would mean that the weight was not applied. We keep the paper's recipe for the batch.
 #
 # How far is all this from a plain cross-fade of the two reconstructions, which anybody can make without a network?
 
@@ -2194,17 +2142,15 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Little further than that: a mixture of codes is a better-behaved double exposure, and no mixing moves a wing to where
-# it belongs. That one in the batch now and then does sit right is luck, which is what 64 tries are for.
-
-# %% [markdown]
+# it belongs. That one now and then does sit right is luck, which is what 64 tries are for.
+#
 # ## The 64 pegasi
 #
 # **Paper.** One batch of 64, of which one or two convince as winged horses.
 #
 # > Choice: the birds are paired with the horses by pose. Why: the paper does not say how it pairs, and a wing should
-# > point backwards. By numbers it does not matter: the contrast of the
-# > mixtures is 0.132, and 0.131 to 0.134 in three random pairings; the codes of horse and bird are all but unrelated in
-# > each (cosine -0.01, and 0.01 to 0.02).
+# > point backwards. By numbers it does not matter: the contrast of the mixtures is 0.132, and 0.131 to 0.134 in three
+# > random pairings; the codes of horse and bird are all but unrelated in each (cosine -0.01, and 0.01 to 0.02).
 
 
 # %%
@@ -2219,22 +2165,16 @@ if __name__ == "__main__":
     pegasi = decode_images(vae, pegasus_mu)  # (picks_per_class, 3, H, W)
     save_batch(cfg.output_dir / "pegasus", pegasi)
     alt = "Eight by eight generated pictures: pale shapes between horse and bird"
-    title = f"{len(pegasi)} pegasi, as the paper makes them"
-    contact_sheet(cfg.output_dir / "pegasus.png", pegasi, title, alt, columns=8)
-
-# %%
-if __name__ == "__main__":
+    contact_sheet(cfg.output_dir / "pegasus.png", pegasi, f"{len(pegasi)} pegasi, the paper's way", alt, columns=8)
     pegasi_rescaled = decode_images(vae, rescaled)
     alt = "The same batch with the length of the codes restored: more contrast, clearer shapes"
-    title = "The same pairs, rescaled to their parents' length"
-    contact_sheet(cfg.output_dir / "pegasus_rescaled.png", pegasi_rescaled, title, alt, columns=8)
+    contact_sheet(cfg.output_dir / "pegasus_rescaled.png", pegasi_rescaled, "The same pairs, rescaled", alt, columns=8)
 
 # %% [markdown]
 # Look for a pale body on legs with something rising from its back. Most are pale shapes with a blur where the bird was.
-# Two judges, runs of a vision-language model that saw this batch shuffled among three others without knowing which was
-# which (the rule stands with the composed batch, near the end), found a winged horse in 2 and 0 of the 64, a horse at all
-# in 21 and 13, and something mostly white in 26 and 19. If every picture looked like a plain horse, the weight would be too
-# high.
+# Two judges, runs of a vision-language model that saw this batch shuffled and unnamed among three others (the rule
+# stands with the composed batch, near the end), found a winged horse in 2 and 0 of the 64, a horse at all in 21 and 13,
+# and something mostly white in 26 and 19. If every picture looked like a plain horse, the weight would be too high.
 #
 # ### The best three
 #
@@ -2277,12 +2217,11 @@ if __name__ == "__main__":
         family = [as_float(horse), as_float(bird), pegasi[position], pegasi_rescaled[position]]
         rows[f"number {position}" + ",\nbird negated" * bool(dark_winged[position])] = torch.stack(family)
     alt = "Three rows of four large pictures: a horse, a bird, and the pegasus between them, plain and rescaled"
-    heads = ["horse", "bird", "pegasus", "rescaled"]
-    show_rows(cfg.output_dir / "best_family.png", rows, "The best three", alt, heads)
+    show_rows(cfg.output_dir / "best_family.png", rows, "The best three", alt, ["horse", "bird", "pegasus", "rescaled"])
 
 # %% [markdown]
-# The first two are those that one judge called winged; the other saw none, and the third is merely the whitest. In number
-# 22 the upright bird stands as a yellowish peak over the horse's back. If the third picture of a row equals the first, the bird contributed nothing.
+# One judge called the first two winged; the other saw none, and the third is merely the whitest. In number 22 the
+# upright bird is a yellowish peak over the back. Were first and third of a row alike, the bird would be lost.
 #
 # ### How good are they?
 #
@@ -2296,13 +2235,11 @@ if __name__ == "__main__":
     sweep = torch.stack([decode_images(vae, make_pegasus(*six, weight)) for weight in weights])
     rows = {f"pair {pair}": sweep[:, pair] for pair in range(sweep.shape[1])}  # each (11, 3, H, W)
     alt = "Six rows of eleven pictures: each row goes from a bird on the left to a horse on the right"
-    title = "From bird to horse: weight of the horse below each column"
-    show_rows(cfg.output_dir / "sweep.png", rows, title, alt, weights)
+    show_rows(cfg.output_dir / "sweep.png", rows, "From bird to horse, by the weight of the horse", alt, weights)
 
 # %% [markdown]
-# On the left it is a bird, on the right a horse; in between both show at once, as in a double exposure. The paper's 0.6 lies
-# where both still show, on the horse's side. A row that jumped from one parent to the other would mean that there is
-# nothing in the space between.
+# On the left it is a bird, on the right a horse; in between both show at once, as in a double exposure, and there lies
+# the paper's 0.6, on the horse's side. A row that jumped from one to the other would mean that nothing lies between.
 #
 # **Paper.** Nearly every pegasus of the batch is white. Our whiteness is the measure of the sort above: the smallest of
 # red, green and blue, averaged over the middle of the picture. For diversity, take the distance of two pictures, root
@@ -2316,10 +2253,7 @@ def contrast(images):
 
 
 def diversity(images):
-    """Mean distance between two images of a set: root mean square over pixels, averaged over all pairs.
-
-    images: (N, 3, H, W) in [0, 1]. Returns a float, 0 if all are alike.
-    """
+    """Root mean square distance of two images, averaged over all pairs of images (N, 3, H, W) in [0, 1]; a float."""
     return (torch.pdist(images.flatten(1)) / images[0].numel() ** 0.5).mean().item()
 
 
@@ -2339,9 +2273,9 @@ if __name__ == "__main__":
     print(f"{whiter:.0%} of the pegasi are whiter than the median horse of the test split")
 
 # %% [markdown]
-# Picking made the horses whiter, and mixing kept that. Whether the *animal* is white, and not its sky, no such
-# number tells; somebody has to look. Diversity must be compared with that of the drawn
-# parents, since blur alone brings pictures closer together; a batch in which all were alike would show near 0.
+# Picking made the horses whiter, and mixing kept that. Whether the *animal* is white, and not its sky, no
+# such number tells; somebody has to look. Diversity must be compared with that of the drawn parents, since blur alone
+# brings pictures closer together; a batch in which all were alike would show near 0.
 #
 # ### Copied, or new?
 #
@@ -2376,10 +2310,9 @@ if __name__ == "__main__":
     show_nearest(cfg.output_dir / "nearest.png", best_first(picks, batch), pegasi, pool, pool_name)
 
 # %% [markdown]
-# The nearest share a pegasus's ground and its pale middle, a few also four legs, as any photograph of a pale animal would. If
-# one *were* the pegasus, only sharper, the batch would be a collage of memorised pictures.
-
-# %% [markdown]
+# The nearest share a pegasus's ground and its pale middle, a few also four legs, as any photograph of a
+# pale animal would. If one *were* the pegasus, only sharper, the batch would be a collage of memorised pictures.
+#
 # ## What to change first
 #
 # Small trainings answer what the settings do: the recipe, and runs in which one setting differs.
@@ -2396,20 +2329,19 @@ if __name__ == "__main__":
         for row in csv.DictReader(table.read_text().splitlines()):
             values = [float(row[name]) for name in ("parameters", "psnr", "above_floor", "kl", "spread")]
             print(f"{row['change']:>20} {'{:11,.0f} {:8.2f} {:12.4f} {:6.3f} {:7.2f}'.format(*values)}")
-        alt = "One row for each training: reconstructions of horses, pegasi, and draws from the prior"
-        show_picture(figure, alt)
+        show_picture(figure, "One row for each training: reconstructions of horses, pegasi, and draws from the prior")
     else:
         print(f"no {table} here: tests/tools/make_ablations.py makes it")
 
 # %% [markdown]
-# These runs are the first edition's: its softer photographs, a grid of 8x8 cells, and added blocks with a convolution on
-# their shortcut too. Change the *layout* first: with 8 numbers in each of 8x8 cells instead of 512 in one place, a
-# sixteenth of the parameters gain 5 dB. *Beyond the paper* is about that. Then the KL weight: less of it gives up to half a
-# decibel, and draws from the prior turn into green fog; at 0.1 reconstructions go grey. A quarter of the numbers, 128,
-# costs half a decibel and gives, to the eye, the most orderly draws. One seed each: a tenth of a decibel means nothing.
+# These runs are the first edition's: its softer photographs, a grid of 8x8 cells, and added blocks with a convolution
+# on their shortcut too. Change the *layout* first: with 8 numbers in each of 8x8 cells instead of 512 in one place, a
+# sixteenth of the parameters gain 5 dB. *Beyond the paper* is about that. Then the KL weight: less of it gives up to
+# half a decibel, and draws from the prior turn into green fog; at 0.1 reconstructions go grey. A quarter of the
+# numbers, 128, costs half a decibel and gives, to the eye, the most orderly draws. One seed each: ignore tenths.
 #
-# > **Paper.** More blocks may improve the reconstructions. At this budget they spoiled them, by 1.4 and 2.7 dB; but those
-# > blocks let nothing pass unchanged. Now that their shortcut is the identity, the question is open again (exercise 4).
+# > **Paper.** More blocks may improve the reconstructions. At this budget they spoiled them, by 1.4 and 2.7 dB; but
+# > those blocks let nothing pass unchanged. Now that their shortcut is the identity, the question is open (exercise 4).
 
 # %% [markdown]
 # ## Beyond the paper: a code with places
