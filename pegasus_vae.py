@@ -3086,6 +3086,8 @@ def mend_codes(prior, z, strength, class_name=None, cells=None, seed=0, guidance
     if z.shape[1] != math.prod(prior.grid):
         length = math.prod(prior.grid)
         raise ReaderError(f"the prior is for codes of {length} numbers, not {z.shape[1]}: load the prior of this model")
+    if not 0 <= strength <= 1:
+        raise ReaderError(f"strength is between 0 and 1, not {strength}")
     label = prior.classes.index(class_name) + 1 if class_name else 0
     if strength == 0:
         return z.clone()
@@ -3172,16 +3174,18 @@ if __name__ == "__main__":
 def class_evidence(prior, z, class_name):
     """By how much the flow predicts each cell of codes z (N, latent_dim) better for being told the class, (N, rows, columns)."""
     label = prior.classes.index(class_name) + 1
-    eps = torch.randn(1, z.shape[1], generator=torch.Generator().manual_seed(0))  # one for all, or luck would decide
-    evidence = []
-    with eval_mode(prior), mixed_precision(device_of(prior)):
-        for part in progress(prior.standardise(z).split(64), "judging"):
+    z, evidence = prior.standardise(z.to(device_of(prior))), []
+    eps = torch.randn(1, z.shape[1], generator=torch.Generator().manual_seed(0)).to(
+        z.device
+    )  # for all, or luck decides
+    with eval_mode(prior), mixed_precision(z.device):
+        for part in progress(z.split(64), "judging"):
             gain = 0
             for t in (0.3, 0.5, 0.7):
                 z_t = (1 - t) * eps + t * part
                 errors = [(velocity(prior, z_t, t, y, 1) - (part - eps)).square() for y in (0, label)]
                 gain = gain + errors[0] - errors[1]
-            evidence.append(gain.unflatten(1, prior.grid).mean(dim=1))
+            evidence.append(gain.unflatten(1, prior.grid).mean(dim=1).cpu())
     return torch.cat(evidence)
 
 

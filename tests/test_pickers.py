@@ -417,6 +417,20 @@ def test_every_field_changes_the_file_and_the_pegasus_and_undo_takes_it_back(
     assert composer.pictures["pegasus"].value == drawn
 
 
+def test_mending_waits_for_a_prior_and_then_redraws_the_wing_only(pv, picks, open_picks, open_composer):
+    composer = open_composer(picks)
+    assert composer.fields["mend"].disabled and composer.fields["mend"].value == 0
+    drawn = composer.pictures["pegasus"].value
+    torch.manual_seed(0)
+    composer.prior = pv.FlowPrior((2, SIDE, SIDE), ["bird", "horse"], 24, depth=1).eval()
+    composer.attempt(composer.refresh)
+    assert not composer.fields["mend"].disabled and composer.pictures["pegasus"].value == drawn
+    composer.fields["mend"].value = 0.5
+    assert open_picks().choices.compositions[7].mend == 0.5 and composer.pictures["pegasus"].value != drawn
+    composer.buttons["Undo"].click()
+    assert composer.fields["mend"].value == 0 and composer.pictures["pegasus"].value == drawn
+
+
 def test_a_click_on_a_cell_gives_its_block_to_the_bird_and_another_takes_it_back(picks, open_picks, open_composer):
     composer = open_composer(picks)
     click(composer.cells[8 * 5 + 6])

@@ -687,3 +687,76 @@ def test_a_file_that_holds_no_usable_prior_is_refused_by_name_with_what_to_do(pv
 def test_a_prior_is_no_checkpoint_of_a_vae(pv, exported):
     with pytest.raises(pv.ReaderError, match=f"{exported} holds no whole checkpoint .*: restore it"):
         pv.load_checkpoint(exported)
+
+
+# Pegasi that nobody arranged
+
+
+def test_the_cells_that_are_mended_are_those_of_the_chosen_blocks_and_their_neighbours(pv):
+    block = [list("." * 8) for _ in range(8)]
+    block[2][3] = "#"
+    composition = pv.Composition(bird=0, cells=["".join(row) for row in block])
+    cells = pv.wing_cells([pv.Composition(bird=0), composition], 16)  # two cells a block
+    assert not cells[0].any() and cells.dtype == torch.bool
+    expected = torch.zeros(16, 16, dtype=torch.bool)
+    expected[3:7, 5:9] = True
+    assert torch.equal(cells[1], expected)
+
+
+def test_a_prior_that_knows_no_classes_has_no_evidence_for_any(pv, silent, codes):
+    assert torch.equal(pv.class_evidence(silent, codes, "horse"), torch.zeros(5, 4, 4))
+
+
+def test_there_is_evidence_where_the_class_explains_the_code_and_against_it_where_not(pv, silent, exact, monkeypatch):
+    """The stub predicts the way to a code of ones in the left half, if it is told the class, and else none."""
+    ones = torch.zeros(2, 4, 4)
+    ones[:, :, :2] = 1
+    ones = ones.flatten()
+
+    def velocity(prior, z_t, t, label, guidance):
+        exact_field = (ones - z_t) / (1 - t)
+        return exact_field * ones if label == CLASSES.index("bird") + 1 else torch.zeros_like(z_t)
+
+    monkeypatch.setattr(pv, "velocity", velocity)
+    evidence = pv.class_evidence(silent, silent.restore(torch.stack([ones, -3 * ones])), "bird")
+    assert (evidence[0, :, :2] > 0).all() and (evidence[:, :, 2:] == 0).all()
+    assert (evidence[1, :, :2].mean() < 0) and (pv.class_evidence(silent, silent.restore(ones[None]), "cat") == 0).all()
+
+
+@pytest.fixture
+def arrange(pv, trained):
+    """arrange(**words): a search for wings for three horses among four birds, its codes and compositions."""
+    cfg, vae, prior, _ = trained
+    images = pv.load_images(cfg, "test", "bird")
+    horse_mu = pv.encode_mean(vae, pv.load_images(cfg, "test", "horse")[:3])
+    return lambda **words: (horse_mu, images, *pv.search(vae, prior, horse_mu, images, [0, 2, 5, 7], **words))
+
+
+def test_a_search_returns_the_codes_of_the_compositions_that_it_found(pv, trained, arrange):
+    horse_mu, images, z, found = arrange(tries=3)
+    assert torch.equal(z, pv.compose(trained[1], horse_mu, images[[c.bird for c in found]], found))
+    assert {c.bird for c in found} <= {0, 2, 5, 7} and all(c.cells[5:] == ("." * 8,) * 3 for c in found)
+    assert not (z == horse_mu).all(dim=1).any(), "each horse has got something"
+
+
+def test_the_seed_decides_what_chance_proposes(arrange):
+    first, again, other = (arrange(tries=2, seed=seed)[3] for seed in (4, 4, 5))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("class_name", ["bird", "horse"])
+def test_of_two_proposals_the_one_with_more_evidence_for_either_class_wins(pv, arrange, monkeypatch, class_name):
+    def found_by(wanted):
+        """What is found if only the first (0) or second (1) proposals show the class at all."""
+
+        def evidence(prior, z, name):
+            proposal = torch.arange(len(z)) // 3  # three horses
+            shown = torch.where(proposal == wanted, 1.0, -1.0) if name == class_name else torch.randn(len(z)) * 1e-3
+            return shown[:, None, None].expand(-1, 8, 8)
+
+        monkeypatch.setattr(pv, "class_evidence", evidence)
+        monkeypatch.setattr(pv, "decode_images", lambda vae, z: torch.randn(len(z), 3, 32, 32))
+        return arrange(tries=2)[3]
+
+    torch.manual_seed(0)
+    assert all(one != other for one, other in zip(found_by(0), found_by(1)))
