@@ -760,3 +760,9 @@ def test_of_two_proposals_the_one_with_more_evidence_for_either_class_wins(pv, a
 
     torch.manual_seed(0)
     assert all(one != other for one, other in zip(found_by(0), found_by(1)))
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1])
+def test_a_strength_out_of_range_is_refused(pv, prior, codes, strength):
+    with pytest.raises(pv.ReaderError, match="between 0 and 1"):
+        pv.mend_codes(prior, codes, strength)
