@@ -214,11 +214,6 @@ def find_device(cfg):
     return device
 
 
-def progress(items, what):
-    """A tqdm bar over items that shows itself after two seconds and leaves no trace."""
-    return tqdm(items, desc=what, delay=2, leave=False, disable=RANK > 0)
-
-
 def check_writable(folder, setting):
     """Make folder if it is missing; ReaderError, which names the setting, if nothing can be written there."""
     try:
@@ -538,7 +533,30 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # The folded cells save figures as PNG in `outputs/` and show them here with a text for those who cannot see them; most
-# are rows of small pictures. The second draws the network from the live model: change it, and the drawing changes.
+# are rows of small pictures. The second draws the network from the live model: change it, and the drawing changes. What
+# takes longer than two seconds shows a bar meanwhile.
+
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+def close_widgets(*boxes):
+    """Close widgets with all their parts; otherwise the kernel keeps them, and each page that is opened fetches them."""
+    boxes = list(boxes)
+    for widget in boxes:  # grows while it is walked
+        boxes.extend(getattr(widget, "children", ()))
+        for part in (getattr(widget, "style", None), widget.layout, widget):
+            if part:
+                part.close()
+
+
+def progress(items, what):
+    """Yield items under a tqdm bar that shows itself after two seconds and leaves no trace; for a single item, none."""
+    bar = tqdm(items, desc=what, delay=2, leave=False, disable=RANK > 0 or len(items) < 2)
+    try:
+        yield from bar
+    finally:
+        bar.close()
+        if hasattr(bar, "container"):  # in Jupyter it is made of widgets, of which tqdm closes the outermost only
+            close_widgets(bar.container)
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -1902,13 +1920,7 @@ class Controls(widgets.VBox):
 
     def discard(self, *hidden):
         """Close all widgets that these controls are made of, hidden ones included."""
-        boxes = [self, *hidden]
-        for widget in boxes:  # grows while it is walked
-            boxes.extend(getattr(widget, "children", ()))
-        for widget in boxes:
-            for part in (getattr(widget, "style", None), widget.layout, widget):
-                if part:
-                    part.close()
+        close_widgets(self, *hidden)
 
     def attempt(self, action):
         """Call action(); if it fails, say so in the status line, since Jupyter hides errors of callbacks."""
@@ -2577,9 +2589,11 @@ class ComposerPanels(Controls):
         for name, widget in self.fields.items():
             widget.description = name.replace("_", " ")
             self.on_change(widget, lambda value, name=name: self.edit(**{name: value}))
+        look = {"indent": False, "layout": widgets.Layout()}  # shared by all blocks
         for row in range(8):
             for column in range(8):
-                box = widgets.Checkbox(description=f"row {row + 1}, column {column + 1}", indent=False)
+                box = widgets.Checkbox(description=f"row {row + 1}, column {column + 1}", **look)
+                look["style"] = box.style
                 self.on_change(box, lambda value, row=row, column=column: self.choose(row, column, value))
                 self.cells.append(box)
         even = {"grid_template_columns": "repeat(8, 1fr)", "grid_template_rows": "repeat(8, 1fr)"}
@@ -3108,7 +3122,7 @@ def mend_codes(prior, z, strength, class_name=None, cells=None, seed=0, guidance
     return torch.where(free.cpu(), prior.restore(z_t).cpu(), z)
 
 
-def draw_codes(prior, count, class_name=None, guidance=2, seed=0, steps=16):
+def draw_codes(prior, count, class_name=None, guidance=4, seed=0, steps=16):
     """Draw codes (count, latent_dim) from the prior: a mending of strength 1 leaves nothing of the code it is given."""
     nothing = torch.zeros(count, math.prod(prior.grid))
     return mend_codes(prior, nothing, 1, class_name, seed=seed, guidance=guidance, steps=steps)
@@ -3118,14 +3132,14 @@ def draw_codes(prior, count, class_name=None, guidance=2, seed=0, steps=16):
 if __name__ == "__main__":
     rows = {f"horse, g = {g}": draw_codes(prior, 12, "horse", guidance=g, seed=1) for g in (1, 2, 4)}
     rows["4 steps"] = draw_codes(prior, 12, "horse", seed=1, steps=4)
-    rows["bird, g = 2"] = draw_codes(prior, 12, "bird", seed=1)
+    rows["bird, g = 4"] = draw_codes(prior, 12, "bird", seed=1)
     rows = {name: decode_images(spatial_vae, z) for name, z in rows.items()}
     alt = "Five rows of twelve drawn pictures; with guidance, horses on grounds; the last row birds"
     show_rows(cfg.output_dir / "flow_draws.png", rows, "Draws from the prior that knows pictures", alt)
-    some = [draw_codes(prior, 3, name, guidance=3) for name in prior.classes]
+    some = [draw_codes(prior, 3, name) for name in prior.classes]
     rows = dict(enumerate(torch.stack([decode_images(spatial_vae, z) for z in some], dim=1)))
     alt = "Three rows of drawn pictures, a column for each class"
-    show_rows(cfg.output_dir / "flow_classes.png", rows, "A draw of each class, g = 3", alt, prior.classes)
+    show_rows(cfg.output_dir / "flow_classes.png", rows, "Three draws of each class, g = 4", alt, prior.classes)
 
 # %% [markdown]
 # READING_DRAWS
@@ -3146,15 +3160,15 @@ def wing_cells(compositions, side):
 if __name__ == "__main__":
     composed_z, cells = compose(spatial_vae, horse_z, wings, made), wing_cells(made, side)
     rows = {"composed": composed[twelve[:8]]}
-    for strength in (0.2, 0.4, 0.6, 0.8):
+    for strength in (0.15, 0.3, 0.5, 0.8):
         z = mend_codes(prior, composed_z[twelve[:8]], strength, cells=cells[twelve[:8]])
         rows[f"strength\n{strength}"] = decode_images(spatial_vae, z)
     alt = "Eight composed pegasi, and below each what mending by growing strength leaves of its wing"
     show_rows(cfg.output_dir / "mending.png", rows, "Mending the cells of the wing", alt)
-    mended = decode_images(spatial_vae, mend_codes(prior, composed_z, 0.4, cells=cells))
+    mended = decode_images(spatial_vae, mend_codes(prior, composed_z, 0.3, cells=cells))
     save_batch(cfg.output_dir / "pegasus_mended", mended)
     alt = "Eight by eight composed pegasi whose wings are mended"
-    contact_sheet(cfg.output_dir / "pegasus_mended.png", mended, "Composed, and mended by 0.4", alt, columns=8)
+    contact_sheet(cfg.output_dir / "pegasus_mended.png", mended, "Composed, and mended by 0.3", alt, columns=8)
     composer.prior = prior
     composer.attempt(composer.refresh)
 
@@ -3216,7 +3230,7 @@ def search(vae, prior, horse_mu, birds, indices, tries, seed=0):
 # %%
 if __name__ == "__main__":
     found_z, found = search(spatial_vae, prior, horse_z, spatial_birds.images, bird_picks, 8)
-    found_z = mend_codes(prior, found_z, 0.2, cells=wing_cells(found, side))
+    found_z = mend_codes(prior, found_z, 0.3, cells=wing_cells(found, side))
     machine = decode_images(spatial_vae, found_z)
     save_batch(cfg.output_dir / "pegasus_machine", machine)
     alt = "Eight by eight horses, on many of them a wing that a search has placed"

@@ -2,11 +2,13 @@
 
 import html
 import io
+import itertools
 import json
 import re
 
 import pytest
 import torch
+import tqdm.notebook
 from PIL import Image
 
 SIDE = 16  # cells of the latent grid
@@ -527,4 +529,23 @@ def test_an_older_composer_is_closed_and_no_widget_of_it_is_left(pv, picks, open
     count = widget_count(pv)
     new = open_composer(picks)
     assert old.comm is None and all(box.comm is None for box in old.cells) and new.comm is not None
+    assert widget_count(pv) == count
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("end", [1, 3])
+def test_a_progress_bar_leaves_no_widgets(pv, monkeypatch, delay, end):
+    bar = lambda *items, **words: tqdm.notebook.tqdm(*items, **words | {"delay": delay})  # noqa: E731
+    monkeypatch.setattr(pv, "tqdm", bar)
+    monkeypatch.setattr(tqdm.notebook, "display", lambda box: None)
+    count = widget_count(pv)
+    assert list(itertools.islice(pv.progress(range(3), "three"), end)) == [0, 1, 2][:end]
+    assert widget_count(pv) == count
+
+
+def test_a_change_of_the_composition_leaves_no_widgets(pv, monkeypatch, picks, open_composer):
+    monkeypatch.setattr(pv, "tqdm", tqdm.notebook.tqdm)
+    composer = open_composer(picks)
+    count = widget_count(pv)
+    click(composer.cells[3], not composer.cells[3].value)
     assert widget_count(pv) == count
