@@ -2620,6 +2620,13 @@ class ComposerPanels(Controls):
         bars = [widgets.HBox(row, **wrap) for row in (list(self.buttons.values()), panels, columns)]
         self.children = [widgets.HTML(PICKER_STYLE), bars[0], self.status, *bars[1:]]
 
+    def set_widgets(self, composition):
+        """Let all widgets say what the composition says."""
+        for name, widget in self.fields.items():
+            widget.value = getattr(composition, name)
+        for box, cell in zip(self.cells, "".join(composition.cells)):
+            box.value = cell == "#"
+
     def on_change(self, widget, action):
         """Call action(value) when the reader changes a widget."""
         widget.observe(lambda change: self.attempt(lambda: action(change["new"])), "value")
@@ -2643,7 +2650,6 @@ class WingComposer(ComposerPanels):
 
     @property
     def horse(self):
-        """The index of the horse that is shown."""
         return self.horse_indices[self.position]
 
     @property
@@ -2693,8 +2699,7 @@ class WingComposer(ComposerPanels):
     def refresh(self):
         """Show the composition as it is now, whoever changed it."""
         composition, bird, self.trouble = self.composition, self.bird_image(), None
-        mu = self.horses.latents[[self.horse]]
-        z = compose(self.vae, mu, [bird], [composition])
+        z = compose(self.vae, self.horses.latents[[self.horse]], [bird], [composition])
         if self.prior and composition.mend:
             z = mend_codes(self.prior, z, composition.mend, cells=wing_cells([composition], self.vae.decoder.grid[1]))
         pegasus = decode_images(self.vae, z)[0]
@@ -2702,14 +2707,10 @@ class WingComposer(ComposerPanels):
         for name, image in (shown | {"pegasus": pegasus}).items():
             self.pictures[name].value = jpeg((image * 255).round().byte(), 256)
         self.fields["mend"].disabled = self.prior is None
-        for name, widget in self.fields.items():
-            widget.value = getattr(composition, name)
-        for box, cell in zip(self.cells, "".join(composition.cells)):
-            box.value = cell == "#"
+        self.set_widgets(composition)
         self.refresh_status()
 
     def refresh_status(self):
-        """Rewrite the line above the pictures."""
         state = "composed" if self.horse in self.picks.choices.compositions else "first guess"
         self.tell(f"horse {self.position + 1} of {len(self.horse_indices)}, #{self.horse}: {state}")
 
