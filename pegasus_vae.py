@@ -3206,11 +3206,11 @@ def class_evidence(prior, z, class_name):
 
 def propose(birds, indices, random):
     """A composition by chance: one of the birds of these indices, smaller, turned, somewhere above the middle."""
-    limits = {"scale": (0.4, 0.7), "turn": (-35, 35), "right": (-0.9, 0.9), "down": (-2.2, -0.8)}
+    limits = {"scale": (0.45, 0.75), "turn": (-35, 35), "right": (-0.8, 0.8), "down": (-2.6, -1.4)}
     place = {name: random.uniform(*pair) for name, pair in limits.items()}
     composition = Composition(bird=random.choice(indices), mirror=random.random() < 0.5, **place)
     cells = guess_cells(composition, birds[composition.bird]).cells
-    return composition.model_copy(update={"cells": (*cells[:5], *["." * 8] * 3)})  # no wings on legs
+    return composition.model_copy(update={"cells": (*cells[:4], *["." * 8] * 4)})  # no wings on legs
 
 
 def search(vae, prior, horse_mu, birds, indices, tries, seed=0):
@@ -3219,7 +3219,7 @@ def search(vae, prior, horse_mu, birds, indices, tries, seed=0):
     proposals = [propose(birds, indices, random) for _ in range(tries * count)]
     horses = horse_mu.repeat(tries, 1)
     z = compose(vae, horses, birds[[c.bird for c in proposals]], proposals)
-    change = (decode_images(vae, z) - decode_images(vae, horse_mu).repeat(tries, 1, 1, 1)).square().mean(dim=(1, 2, 3))
+    change = (decode_images(vae, z) - decode_images(vae, horse_mu).repeat(tries, 1, 1, 1)).clamp(min=0).square().mean(dim=(1, 2, 3))
     cells = wing_cells(proposals, vae.decoder.grid[1])
     wing = (class_evidence(prior, z, "bird") * cells).sum(dim=(1, 2)) / cells.sum(dim=(1, 2)).clamp_min(1)
     horse = class_evidence(prior, z, "horse").mean(dim=(1, 2))
@@ -3230,7 +3230,7 @@ def search(vae, prior, horse_mu, birds, indices, tries, seed=0):
 
 # %%
 if __name__ == "__main__":
-    found_z, found = search(spatial_vae, prior, horse_z, spatial_birds.images, bird_picks, 8)
+    found_z, found = search(spatial_vae, prior, horse_z, spatial_birds.images, bird_picks, 12)
     found_z = mend_codes(prior, found_z, 0.3, cells=wing_cells(found, side))
     machine = decode_images(spatial_vae, found_z)
     save_batch(cfg.output_dir / "pegasus_machine", machine)

@@ -151,7 +151,7 @@ MUTANTS = {
     "evidence turned round": ("gain = gain + errors[0] - errors[1]", "gain = gain + errors[1] - errors[0]"),
     "evidence for the bird ignored": ("in (change.sqrt(), wing, horse))", "in (change.sqrt(), horse))"),
     "evidence for the horse ignored": ("in (change.sqrt(), wing, horse))", "in (change.sqrt(), wing))"),
-    "wings on legs": ('(*cells[:5], *["." * 8] * 3)', "cells"),
+    "wings on legs": ('(*cells[:4], *["." * 8] * 4)', "cells"),
     "Euler for midpoint": ("velocity(prior, half, middle, label, guidance)", "velocity(prior, z_t, t, label, guidance)"),
 }  # fmt: skip
 
