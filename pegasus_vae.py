@@ -3219,7 +3219,12 @@ def search(vae, prior, horse_mu, birds, indices, tries, seed=0):
     proposals = [propose(birds, indices, random) for _ in range(tries * count)]
     horses = horse_mu.repeat(tries, 1)
     z = compose(vae, horses, birds[[c.bird for c in proposals]], proposals)
-    change = (decode_images(vae, z) - decode_images(vae, horse_mu).repeat(tries, 1, 1, 1)).clamp(min=0).square().mean(dim=(1, 2, 3))
+    change = (
+        (decode_images(vae, z) - decode_images(vae, horse_mu).repeat(tries, 1, 1, 1))
+        .clamp(min=0)
+        .square()
+        .mean(dim=(1, 2, 3))
+    )
     cells = wing_cells(proposals, vae.decoder.grid[1])
     wing = (class_evidence(prior, z, "bird") * cells).sum(dim=(1, 2)) / cells.sum(dim=(1, 2)).clamp_min(1)
     horse = class_evidence(prior, z, "horse").mean(dim=(1, 2))
@@ -3250,7 +3255,10 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     table = cfg.checkpoint_dir / "prior.csv"
     if table.exists():
-        print(table.read_text())
+        print(f"{'':>32} {'called':>7} {'horses':>7} {'birds':>7} {'Frechet':>8}")
+        for row in csv.DictReader(table.read_text().splitlines()):
+            values = [float(row[name]) for name in ("called", "called_horse", "called_bird", "frechet")]
+            print(f"{row['rung']:>32} {'{:7.2f} {:7.2f} {:7.2f} {:8.1f}'.format(*values)}")
     else:
         print(f"no {table} here: tests/tools/measure_prior.py makes it")
     drawn = decode_images(spatial_vae, draw_codes(prior, 12, "horse", seed=1))
