@@ -673,19 +673,18 @@ def test_a_file_that_holds_no_usable_prior_is_refused_by_name_with_what_to_do(pv
             pv.load_prior(path)
 
     of_vae = trained[0].checkpoint_dir / "runs" / trained[0].run_name / "pegasus_vae.safetensors"
-    refused(of_vae, "holds no whole checkpoint")
+    refused(of_vae, "holds no weights of this notebook .KeyError")
     os.truncate(exported, os.path.getsize(exported) - 100)
-    refused(exported, "is damaged")
+    refused(exported, "holds no weights of this notebook .SafetensorError")
     with open(exported, "w") as file:
         file.write("<html>404</html>")
-    refused(exported, "is damaged")
+    refused(exported, "holds no weights of this notebook .SafetensorError")
     os.unlink(exported)
-    with pytest.raises(pv.ReaderError, match=f"no weights at {exported}: restore it"):
-        pv.load_prior(exported)
+    refused(exported, "holds no weights of this notebook .FileNotFoundError")
 
 
 def test_a_prior_is_no_checkpoint_of_a_vae(pv, exported):
-    with pytest.raises(pv.ReaderError, match=f"{exported} holds no whole checkpoint .*: restore it"):
+    with pytest.raises(pv.ReaderError, match=f"{exported} holds no weights of this notebook .*: restore it"):
         pv.load_checkpoint(exported)
 
 
@@ -750,15 +749,15 @@ def test_of_two_proposals_the_one_with_more_evidence_for_either_class_wins(pv, a
         """What is found if only the first (0) or second (1) proposals show the class at all."""
 
         def evidence(prior, z, name):
-            proposal = torch.arange(len(z)) // 3  # three horses
-            shown = torch.where(proposal == wanted, 1.0, -1.0) if name == class_name else torch.randn(len(z)) * 1e-3
+            index = torch.arange(len(z))  # two proposals for each of three horses
+            shown = (index // 3 == wanted).float() if name == class_name else index % 3.0
             return shown[:, None, None].expand(-1, 8, 8)
 
         monkeypatch.setattr(pv, "class_evidence", evidence)
-        monkeypatch.setattr(pv, "decode_images", lambda vae, z: torch.randn(len(z), 3, 32, 32))
+        drawn = lambda vae, z: torch.arange(len(z))[:, None, None, None] % 3.0 * len(z) * torch.ones(3, 8, 8)  # noqa: E731
+        monkeypatch.setattr(pv, "decode_images", drawn)
         return arrange(tries=2)[3]
 
-    torch.manual_seed(0)
     assert all(one != other for one, other in zip(found_by(0), found_by(1)))
 
 
