@@ -1697,9 +1697,8 @@ class Choices(BaseModel):
 
     def leave_out(self, horses, birds):
         """Drop what is none of so many horses and birds, or comes twice; returns the names of the parts it was in."""
-        fitting = {
-            "compositions": {h: c for h, c in self.compositions.items() if h in range(horses) and c.bird < birds}
-        }
+        compositions = {h: c for h, c in self.compositions.items() if h in range(horses) and c.bird < birds}
+        fitting = {"compositions": compositions}
         for part, allowed in (("horse", range(horses)), ("bird", range(birds)), ("dark", self.bird)):
             fitting[part] = list(dict.fromkeys(index for index in getattr(self, part) if index in allowed))
         dropped = [part for part, entries in fitting.items() if entries != getattr(self, part)]
@@ -1862,8 +1861,8 @@ class PicksFile(ChoicesFile):
 # %% [markdown]
 # Nobody wants to leaf through hundreds of birds, so the folded cell sorts them by crude measures: white animals are a bright,
 # nearly grey middle before a darker border, open wings a wide shape; or, once you have picks, by likeness to their codes.
-# Then come the sheets of what is picked. After changes in the pickers below them, run that cell and what follows again
-# (menu *Run*, *Run Selected Cell and All Below*).
+# After changes in the pickers below, run the cell of the sheets and what follows again (menu *Run*, *Run Selected Cell and
+# All Below*).
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -1914,8 +1913,7 @@ if __name__ == "__main__":
     for sorts, candidates in ((horse_sorts, horses), (bird_sorts, birds)):
         sorts["most like my picks"] = partial(most_like, candidates.latents)
         sorts["file order"] = range(len(candidates.images))
-    if picks.origin == "none":
-        print("no picks fit these pictures: the following are suggestions, for you to change")
+    if picks.origin == "none":  # no picks fit these pictures
         picks.fill("horse", horse_sorts["whitest first"], save=False)
         picks.fill("bird", bird_sorts["widest first"], save=False)
     for note in picks.notes:
@@ -2041,8 +2039,7 @@ class Controls(widgets.VBox):
         """Write the status line: where one is, whether that is saved, what went wrong; screen readers are told."""
         whose = {"your own": "your own choices, saved", "none": "nothing chosen yet"}
         saved = whose.get(self.picks.origin, f"{self.picks.origin} choices")
-        if self.picks.failure:
-            saved = f"NOT saved: {self.picks.failure}"
+        saved = f"NOT saved: {self.picks.failure}" if self.picks.failure else saved
         text = " · ".join([self.describe(), saved, *self.picks.notes[-1:], *filter(None, [self.trouble])])
         text = html.escape(text).replace("NOT saved", "<strong>NOT saved</strong>")
         self.status.value = f'<span role="status" aria-live="polite">{text}</span>'
@@ -2123,9 +2120,8 @@ if __name__ == "__main__":
         display(horse_picker, bird_picker)
 
 # %% [markdown]
-# Now mark the birds whose wings are darker than what is behind them. A code and its negative swap light and dark (the
-# next section measures how well), so a marked bird comes out with light wings. Each picked bird stands beside what the
-# negative of its code decodes to: mark it if you like the right one better.
+# Now mark the birds whose wings are darker than what is behind them. A code and its negative swap light and dark, as the
+# next section measures: beside each picked bird stands what its negative decodes to. Mark it if you like that one better.
 
 
 # %%
@@ -2617,10 +2613,7 @@ if __name__ == "__main__":
 
 # %%
 def place_bird(image, composition):
-    """A bird (3, H, W), resized, turned, mirrored and moved as the composition says, before its own background.
-
-    Returns floats in [0, 1], the same shape.
-    """
+    """A bird (3, H, W), resized, turned, mirrored and moved as the composition says; the same shape, in [0, 1]."""
     x = as_float(image).flip(2) if composition.mirror else as_float(image)
     sky = background(x[None])[0]  # taken off and put back, so that what comes in from outside has this colour
     step = x.shape[1] / 8  # pixels
@@ -2630,10 +2623,7 @@ def place_bird(image, composition):
 
 
 def bird_cover(placed, side):
-    """The share of each of side x side cells that shows something else than background, (N, side, side) in [0, 1].
-
-    placed: (N, 3, H, W) in [0, 1].
-    """
+    """The share of each cell of placed birds (N, 3, H, W) that is not background; (N, side, side) in [0, 1]."""
     differs = (placed - background(placed)).abs().amax(dim=1, keepdim=True)  # (N, 1, H, W)
     return F.adaptive_avg_pool2d(((differs - 0.06) / 0.15).clamp(0, 1), side)[:, 0]
 
@@ -2693,11 +2683,12 @@ def composer_widgets(bird_indices):
     even = {"grid_template_columns": "repeat(8, 1fr)", "grid_template_rows": "repeat(8, 1fr)"}
     mask = widgets.GridBox(list(blocks.values()), layout=even)
     mask.add_class("pegasus-mask")
-    horse, bird, pegasus = (widgets.Image(format="jpeg", width=256, height=256) for _ in range(3))
-    canvas = widgets.Box([horse, mask])
+    names = ("horse", "bird", "pegasus")
+    pictures = {name: widgets.Image(format="jpeg", width=256, height=256) for name in names}
+    canvas = widgets.Box([pictures["horse"], mask])
     canvas.add_class("pegasus-canvas")
-    pictures = {"horse": horse, "bird": bird, "pegasus": pegasus}
-    return fields, blocks, pictures, [in_rows([canvas, bird, pegasus]), in_rows(fields.values())]
+    panels = in_rows([canvas, pictures["bird"], pictures["pegasus"]])
+    return fields, blocks, pictures, [panels, in_rows(fields.values())]
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -2803,9 +2794,6 @@ if __name__ == "__main__":
     describe({"picked horses, on the grid": decode_images(spatial_vae, horse_z), "composed": composed})
     alt = "Eight by eight horses with wings: pale horses from whose shoulders and backs light wings rise"
     contact_sheet(cfg.output_dir / "pegasus_composed.png", composed, f"{len(composed)} composed pegasi", alt, columns=8)
-
-# %%
-if __name__ == "__main__":
     twelve = sorted(range(len(made)), key=lambda position: not made[position].good)[:12]
     save_large(cfg.output_dir / "best_composed.png", composed[twelve[0]])
     large = F.interpolate(composed[twelve], scale_factor=3, mode="bicubic").clamp(0, 1)
