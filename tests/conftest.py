@@ -65,7 +65,7 @@ SMOKE = Path(tempfile.mkdtemp(prefix="pegasus-smoke-"))
 atexit.register(shutil.rmtree, SMOKE, ignore_errors=True)
 draw_stl10(SMOKE / "data")
 (SMOKE / "checkpoints").mkdir()
-for file in (ROOT / "checkpoints").glob("ablations.*"):
+for file in [*(ROOT / "checkpoints").glob("ablations.*"), ROOT / "checkpoints" / "prior.csv"]:
     shutil.copy(file, SMOKE / "checkpoints")
 os.environ.update(
     PEGASUS_MODE="smoke",

@@ -231,8 +231,8 @@ def truncate(file):
 
 
 FLAWS = {
-    "a picture cut short": ("test_X.bin", truncate, f"{3 * 96 * 96 * 3 - 1} bytes"),
-    "no pictures": ("test_X.bin", lambda file: os.truncate(file, 0), "0"),
+    "a picture cut short": ("test_X.bin", truncate, f"size {3 * 96 * 96 * 3 - 1} into shape .3,96,96"),
+    "no pictures": ("test_X.bin", lambda file: os.truncate(file, 0), "empty file"),
     "a label too few": ("test_y.bin", truncate, "3 images, 2 labels"),
     "a label 0": ("test_y.bin", lambda file: file.write_bytes(b"\x07\x00\x0a"), "not all of 1 to 10"),
     "a label without a class": ("test_y.bin", lambda file: file.write_bytes(b"\x07\x01\x0b"), "not all of 1 to 10"),

@@ -39,7 +39,10 @@ def read(path):
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-@pytest.mark.parametrize("name", ["pegasus", "pegasus_composed"])
+BATCHES = ["pegasus", "pegasus_composed", "pegasus_mended", "pegasus_machine"]
+
+
+@pytest.mark.parametrize("name", BATCHES)
 def test_it_ends_with_64_different_pegasi_of_each_kind(demo, name):
     assert sorted(path.name for path in (demo[0] / name).iterdir()) == [f"{number:02d}.png" for number in range(64)]
     pegasi = [read(demo[0] / name / f"{number:02d}.png") for number in range(64)]
@@ -52,7 +55,8 @@ def test_it_ends_with_64_different_pegasi_of_each_kind(demo, name):
     "name",
     "architecture curves reconstructions prior horses birds flip interpolation pegasus pegasus_rescaled best best_family "
     "sweep nearest reach spatial_reconstructions spatial_prior pegasus_spatial pegasus_composed best_composed "
-    "composed_best composed_nearest title".split(),
+    "composed_best composed_nearest title flow_draws flow_classes flow_nearest mending pegasus_mended "
+    "pegasus_machine".split(),
 )
 def test_the_figures_are_there_and_not_blank(demo, name):
     assert read(demo[0] / f"{name}.png").std() > 5
@@ -82,4 +86,4 @@ def test_it_says_what_it_used_and_where_the_pictures_went(demo):
 
 
 def test_it_leaves_nothing_but_figures(demo):
-    assert {path.suffix or path.name for path in demo[0].rglob("*")} == {".png", "pegasus", "pegasus_composed"}
+    assert {path.suffix or path.name for path in demo[0].rglob("*")} == {".png", *BATCHES}

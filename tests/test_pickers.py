@@ -2,11 +2,13 @@
 
 import html
 import io
+import itertools
 import json
 import re
 
 import pytest
 import torch
+import tqdm.notebook
 from PIL import Image
 
 SIDE = 16  # cells of the latent grid
@@ -417,6 +419,20 @@ def test_every_field_changes_the_file_and_the_pegasus_and_undo_takes_it_back(
     assert composer.pictures["pegasus"].value == drawn
 
 
+def test_mending_waits_for_a_prior_and_then_redraws_the_wing_only(pv, picks, open_picks, open_composer):
+    composer = open_composer(picks)
+    assert composer.fields["mend"].disabled and composer.fields["mend"].value == 0
+    drawn = composer.pictures["pegasus"].value
+    torch.manual_seed(0)
+    composer.prior = pv.FlowPrior((2, SIDE, SIDE), ["bird", "horse"], 24, depth=1).eval()
+    composer.attempt(composer.refresh)
+    assert not composer.fields["mend"].disabled and composer.pictures["pegasus"].value == drawn
+    composer.fields["mend"].value = 0.5
+    assert open_picks().choices.compositions[7].mend == 0.5 and composer.pictures["pegasus"].value != drawn
+    composer.buttons["Undo"].click()
+    assert composer.fields["mend"].value == 0 and composer.pictures["pegasus"].value == drawn
+
+
 def test_a_click_on_a_cell_gives_its_block_to_the_bird_and_another_takes_it_back(picks, open_picks, open_composer):
     composer = open_composer(picks)
     click(composer.cells[5, 6])
@@ -491,14 +507,6 @@ def test_a_bird_that_nobody_has_picked_is_shown_and_can_be_chosen(picks, open_pi
     assert open_picks().choices.compositions == {7: elsewhere.model_copy(update={"bird": 6})}
 
 
-def test_mending_can_be_chosen_where_there_is_a_prior(picks, open_picks, open_composer):
-    composer = open_composer(picks)
-    assert composer.fields["mend"].disabled
-    composer.prior = lambda *_: torch.zeros(1)
-    composer.attempt(composer.refresh)
-    assert not composer.fields["mend"].disabled
-
-
 def test_a_full_disk_is_said_by_the_composer_too(picks, open_picks, open_composer, path):
     composer = open_composer(picks)
     fill_the_disk(path)
@@ -514,4 +522,23 @@ def test_an_older_composer_is_closed_and_no_widget_of_it_is_left(pv, picks, open
     count = widget_count(pv)
     new = open_composer(picks)
     assert old.comm is None and all(box.comm is None for box in old.cells.values()) and new.comm is not None
+    assert widget_count(pv) == count
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("end", [1, 3])
+def test_a_progress_bar_leaves_no_widgets(pv, monkeypatch, delay, end):
+    bar = lambda *items, **words: tqdm.notebook.tqdm(*items, **words | {"delay": delay})  # noqa: E731
+    monkeypatch.setattr(pv, "tqdm", bar)
+    monkeypatch.setattr(tqdm.notebook, "display", lambda box: None)
+    count = widget_count(pv)
+    assert list(itertools.islice(pv.progress(range(3), "three"), end)) == [0, 1, 2][:end]
+    assert widget_count(pv) == count
+
+
+def test_a_change_of_the_composition_leaves_no_widgets(pv, monkeypatch, picks, open_composer):
+    monkeypatch.setattr(pv, "tqdm", tqdm.notebook.tqdm)
+    composer = open_composer(picks)
+    count = widget_count(pv)
+    click(composer.cells[0, 3], not composer.cells[0, 3].value)
     assert widget_count(pv) == count

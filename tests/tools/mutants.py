@@ -147,6 +147,13 @@ MUTANTS = {
     "cells to mend ignored": ("    if cells is not None:\n        free", "    if False:\n        free"),
     "kept cells left to the flow": ("torch.where(free, z_t, (1 - after) * eps + after * known)", "z_t"),
     "kept cells rounded": ("torch.where(free.cpu(), prior.restore(z_t).cpu(), z)", "prior.restore(z_t).cpu()"),
+    "any strength": ("    if not 0 <= strength <= 1:\n        raise ReaderError(f\"strength", "    if False:\n        raise ReaderError(f\"strength"),
+    "mended too widely": ("F.max_pool2d(chosen_blocks(compositions, side), 3, stride=1, padding=1)", "F.max_pool2d(chosen_blocks(compositions, side), 5, stride=1, padding=2)"),
+    "slider does not mend": ("if self.prior and composition.mend:", "if False:"),
+    "evidence turned round": ("gain = gain + errors[0] - errors[1]", "gain = gain + errors[1] - errors[0]"),
+    "evidence for the bird ignored": ("in (change.sqrt(), wing, horse))", "in (change.sqrt(), horse))"),
+    "evidence for the horse ignored": ("in (change.sqrt(), wing, horse))", "in (change.sqrt(), wing))"),
+    "wings on legs": ('(*cells[:4], *["." * 8] * 4)', "cells"),
     "Euler for midpoint": ("velocity(prior, half, middle, label, guidance)", "velocity(prior, z_t, t, label, guidance)"),
 }  # fmt: skip
 
