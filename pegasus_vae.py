@@ -1597,107 +1597,86 @@ class Choices(BaseModel):
         return part, key, values.get(key), place
 
     def leave_out(self, horses, birds):
-        """Drop what is not among the indices of horses and birds, or comes twice; returns the parts that change."""
-        kept = {"compositions": {h: c for h, c in self.compositions.items() if h in horses and c.bird in birds}}
-        for part, allowed in (("horse", horses), ("bird", birds), ("dark", set(self.bird) & set(birds))):
-            kept[part] = list(dict.fromkeys(index for index in getattr(self, part) if index in allowed))
-        changed = [part for part in kept if kept[part] != getattr(self, part)]
-        for part in changed:
-            setattr(self, part, kept[part])
-        return changed
-
-
-def parse_choices(path):
-    """The Choices in a file, None if it is damaged; ReaderError if it is of another version or unreadable."""
-    try:
-        content = json.loads(Path(path).read_text())
-        found = content.get("format") or f"{content.get('schema')} {content.get('version')}"
-        if found != "pegasus_vae choices 2":
-            raise ReaderError(f"{path} is {found}, this notebook reads pegasus_vae choices 2: move it away")
-        return Choices(**content)
-    except OSError as error:
-        raise ReaderError(f"{path} cannot be read ({error.strerror}): mend or move it") from None
-    except (ValueError, AttributeError, TypeError, RecursionError):  # not JSON, or refused by the model
-        return None
+        """Drop what is none of so many horses and birds, or comes twice; returns the names of the parts it was in."""
+        compositions = {h: c for h, c in self.compositions.items() if h in range(horses) and c.bird < birds}
+        fitting = {"compositions": compositions}
+        for part, allowed in (("horse", range(horses)), ("bird", range(birds)), ("dark", self.bird)):
+            fitting[part] = list(dict.fromkeys(index for index in getattr(self, part) if index in allowed))
+        dropped = [part for part, entries in fitting.items() if entries != getattr(self, part)]
+        for part in dropped:
+            setattr(self, part, fitting[part])
+        return dropped
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 class ChoicesFile:
-    """Choices in a JSON file; every change is a transaction on it, and can be undone.
-
-    path: the reader's file; shipped: where to start, if of the same candidates, {"horse": [crc32, ...], "bird": [...]};
-    listeners: {name: what a change calls}; origin: whose they are; notes, failure: what was wrong, why it is not saved.
-    """
+    """Choices in a JSON file; every change is a transaction on it, and can be undone. Described at PicksFile."""
 
     def __init__(self, path, shipped, candidates):
         self.path, self.candidates, self.lock = Path(path), candidates, threading.RLock()
         digest = hashlib.sha256(json.dumps(list(candidates.values())).encode()).hexdigest()[:16]
         self.data = "{} horses, {} birds, {}".format(*map(len, candidates.values()), digest)
-        self.listeners, self.past, self.unsaved, self.notes = {}, [], [], []
-        self.choices, self.origin, self.failure = Choices(data=self.data), "none", None
-        if Path(shipped).exists():
-            ours = parse_choices(shipped)
-            if ours is None:
-                raise ReaderError(f"{shipped} is damaged: restore it (git checkout -- checkpoints)")
-            if ours.data == self.data:
-                self.choices, self.origin = ours, "shipped"
+        self.listeners, self.past, self.unsaved, self.notes, self.failure = {}, [], [], [], None
+        self.choices, self.origin = self.parse(shipped), "shipped"
+        if self.choices is None or self.choices.data != self.data:
+            self.choices, self.origin = Choices(data=self.data), "none"
         self.take_up()
 
-    def read(self):
-        """The choices in the file, without what fits no candidate; a damaged one is set aside, a foreign refused."""
-        choices = parse_choices(self.path) if self.path.exists() else self.choices.model_copy(deep=True)
-        if choices is None:
-            aside = self.path.with_name(f"{self.path.stem}.bad-{datetime.now():%Y%m%d-%H%M%S-%f}.json")
-            self.notes.append(f"{self.path} was damaged and is now {self.path.replace(aside)}")
-            return self.choices.model_copy(deep=True)
-        if choices.data != self.data:
-            differ = f"was made on other data ({choices.data}) than {self.data}"
-            raise ReaderError(f"{self.path} {differ}: move it, or choose another folder with PEGASUS_OUTPUT_DIR")
-        for part in choices.leave_out(*(range(len(crc32)) for crc32 in self.candidates.values())):
-            self.notes.append(f"{self.path}: what fits no picture or comes twice is left out of {part}")
-        return choices
+    def parse(self, path):
+        """The Choices in a file, None if it is missing or damaged; ReaderError for one of another version."""
+        try:
+            content = json.loads(Path(path).read_text())
+            found = content.get("format", "of another version")
+            if found != "pegasus_vae choices 2":
+                raise ReaderError(f"{path} is {found}, this notebook reads pegasus_vae choices 2: move it away")
+            return Choices(**content)
+        except (FileNotFoundError, ValueError, AttributeError, TypeError, RecursionError):
+            return None
+        except OSError as error:
+            raise ReaderError(f"{path} cannot be read ({error.strerror}): mend or move it") from None
 
     def take_up(self):
-        """Follow what another notebook, or a hand, has written to the file."""
+        """Follow what another notebook, or a hand, has written to the file; a damaged one is set aside."""
         with self.lock:
-            if self.path.exists() and not self.unsaved:
-                before, self.choices = self.choices, self.read()
-                self.origin = "your own" if self.path.exists() else self.origin
-                if self.choices != before:
-                    self.notify()
+            there, choices = self.path.exists(), self.parse(self.path)
+            if there and choices is None:
+                aside = self.path.with_name(f"{self.path.stem}.bad-{datetime.now():%Y%m%d-%H%M%S-%f}.json")
+                self.notes.append(f"{self.path} was damaged and is now {self.path.replace(aside)}")
+            choices, origin = (choices, "your own") if choices else (self.choices.model_copy(), self.origin)
+            if choices.data != self.data:
+                differ = f"was made on other data ({choices.data}) than {self.data}"
+                raise ReaderError(f"{self.path} {differ}: move it, or choose another folder with PEGASUS_OUTPUT_DIR")
+            for change in self.unsaved:
+                choices.put(*change)
+            for part in choices.leave_out(*map(len, self.candidates.values())):
+                self.notes.append(f"{self.path}: what fits no picture, or comes twice, was left out of {part}")
+            before, self.choices, self.origin = self.choices, choices, origin
+            if choices != before:
+                self.notify()
 
-    def follow(self):
-        """Take up what the file holds before a change; if that cannot be read, the change will say so."""
-        with suppress(ReaderError):
-            self.take_up()
-
-    def edit(self, *changes):
-        """Make changes (part, key, value), see Choices.put, in one transaction that undo takes back."""
+    def edit(self, *changes, undoing=False):
+        """Make changes, see Choices.put, to what is in the file now: lock it, read it, write it."""
         with self.lock:
-            self.past.append(self.apply(changes))
+            inverse = [self.choices.put(*change) for change in changes]
+            if all(change[2] == undo[2] for change, undo in zip(changes, inverse)):
+                return
+            self.past += [] if undoing else [inverse[::-1]]
+            self.unsaved, self.origin = [*self.unsaved, *changes], "your own"
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(f"{self.path}.lock", timeout=10):
+                    self.take_up()
+                    write_atomically(self.path, self.choices.model_dump_json(indent=1).encode())
+                self.unsaved, self.failure = [], None
+            except (OSError, ReaderError) as error:
+                self.failure = f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}"
+            self.notify()
 
     def undo(self):
-        """Take back the last change that was made here and not yet taken back."""
+        """Take back the latest change that was made here and not yet taken back."""
         with self.lock:
             if self.past:
-                self.apply(self.past.pop())
-
-    def apply(self, changes):
-        """Lock the file, read it, make changes (part, key, value, position), write it; returns what undoes them."""
-        inverse = [self.choices.put(*change) for change in changes][::-1]
-        self.unsaved, self.origin = [*self.unsaved, *changes], "your own"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self.path}.lock", timeout=10):
-                choices = self.read()
-                for change in self.unsaved:
-                    choices.put(*change)
-                write_atomically(self.path, choices.model_dump_json(indent=1).encode())
-            self.choices, self.unsaved, self.failure = choices, [], None
-        except (OSError, ReaderError) as error:
-            self.failure = f"{self.path} cannot be written: {getattr(error, 'strerror', None) or error}"
-        self.notify()
-        return inverse
+                self.edit(*self.past.pop(), undoing=True)
 
     def notify(self):
         for listener in list(self.listeners.values()):
@@ -1706,8 +1685,13 @@ class ChoicesFile:
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 class PicksFile(ChoicesFile):
-    """Choices as the story needs them: picks["horse"], ["bird"], ["dark"] are indices in the order of picking, ["best"]
-    positions in the batch, the best one last. target: how many to pick of each; maker: names what draws the batch.
+    """What you choose, kept in a JSON file; every change is written at once and can be undone.
+
+    path: your own file; shipped: where to start, if of the same candidates, {"horse": [crc32, ...], "bird": [...]};
+    target: how many to pick of each; maker: what draws the batch. picks["horse"], ["bird"], ["dark"] are indices in
+    the order of picking, ["best"] positions, the best last. choices: all that is chosen; origin: whose that is; notes:
+    what was wrong with the file; failure: why a change is not on the disk; listeners: {name: what a change calls}.
+    Raises ReaderError for a file of other data or version, and leaves it alone.
     """
 
     def __init__(self, path, shipped, candidates, target, maker):
@@ -1719,14 +1703,19 @@ class PicksFile(ChoicesFile):
         self.batch = self.name_batch()  # the one on the screen, for which the best are remembered
 
     def __getitem__(self, group):
-        with self.lock:
-            entries = self.choices.best.get(self.batch, []) if group == "best" else getattr(self.choices, group)
-            return [index for index in entries if group != "best" or index in range(self.target)]
+        if group == "best":
+            return [position for position in self.choices.best.get(self.batch, []) if position in range(self.target)]
+        return list(getattr(self.choices, group))
 
     def name_batch(self):
         """A name for the batch that the picks make: what draws it, and a digest of its parents."""
         parents = json.dumps([self["horse"], self["bird"], sorted(self["dark"])])
         return f"{self.maker}, parents {zlib.crc32(parents.encode()):08x}"
+
+    def follow(self):
+        """Take up what the file holds before a change; if that cannot be read, the change will say so."""
+        with suppress(ReaderError):
+            self.take_up()
 
     def change(self, group, index, picked):
         """Pick or unpick one; an unpicked bird loses its mark, and of the best the latest three are kept."""
@@ -1734,40 +1723,28 @@ class PicksFile(ChoicesFile):
             known = self.target if group == "best" else len(self.candidates["horse" if group == "horse" else "bird"])
             if index not in range(known):
                 raise ReaderError(f"there is no {group} {index}: 0 to {known - 1}")
-            self.follow()
-            if picked == (index in self[group]) or (group == "dark" and index not in self["bird"]):
+            if picked == (index in self[group]):
                 return
+            self.follow()
+            changes = [(group, index, True if picked else None)]
+            if group == "bird":
+                changes.append(("dark", index, None))
             if group == "best":
-                rest = [other for other in self["best"] if other != index]
-                self.edit(("best", self.batch, [*rest, *[index] * picked][-3:]))
-            else:
-                mark = [("dark", index, None)] if group == "bird" and index in self["dark"] else []
-                self.edit((group, index, True if picked else None), *mark)
+                best = [other for other in self["best"] if other != index] + [index] * picked
+                changes = [("best", self.batch, best[-3:] or None)]
+            self.edit(*changes)
 
-    def missing(self, group, order):
-        """The first candidates of an order that would fill a group up to the target."""
-        free = [int(index) for index in order if index not in self[group]]
-        return free[: max(0, self.target - len(self[group]))]
-
-    def fill(self, group, order):
-        """Pick candidates in the given order until the target is reached; one step for undo."""
+    def fill(self, group, order, save=True):
+        """Pick the first of an order until the target is reached; what is not saved are suggestions, nobody's picks."""
         with self.lock:
             self.follow()
-            if self.missing(group, order):
-                self.edit(*((group, index, True) for index in self.missing(group, order)))
-
-    def suggest(self, orders):
-        """Fill the groups from orders, {group: order}, without writing: nobody has picked these."""
-        for group, order in orders.items():
-            setattr(self.choices, group, self[group] + self.missing(group, order))
-        self.origin = "suggested"
-
-    def compose(self, horse, composition):
-        """Give a horse this composition; ReaderError if there is no such bird."""
-        if composition.bird >= len(self.candidates["bird"]):
-            raise ReaderError(f"there is no bird {composition.bird}: 0 to {len(self.candidates['bird']) - 1}")
-        if composition != self.choices.compositions.get(horse):
-            self.edit(("compositions", horse, composition))
+            new = [int(index) for index in order if index not in self[group]]
+            new = new[: max(0, self.target - len(self[group]))]
+            if save:
+                self.edit(*((group, index, True) for index in new))
+            else:
+                setattr(self.choices, group, self[group] + new)
+                self.origin = "suggested"
 
     def require(self):
         """The picked horses and birds, and whether each bird is dark (bool tensor); ReaderError if some are missing."""
@@ -1828,9 +1805,9 @@ if __name__ == "__main__":
     for sorts, candidates in ((horse_sorts, horses), (bird_sorts, birds)):
         sorts["most like my picks"] = partial(most_like, candidates.latents)
         sorts["file order"] = range(len(candidates.images))
-    if picks.origin == "none":
-        print("no picks fit these pictures: the following are suggestions, for you to change")
-        picks.suggest({"horse": horse_sorts["whitest first"], "bird": bird_sorts["widest first"]})
+    if picks.origin == "none":  # no picks fit these pictures
+        picks.fill("horse", horse_sorts["whitest first"], save=False)
+        picks.fill("bird", bird_sorts["widest first"], save=False)
     for note in picks.notes:
         print(note)
 
@@ -1859,37 +1836,34 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### The pickers
 #
-# One checkbox a picture, forty pictures a page; click anywhere on the picture, or Tab to it and press Space. They need
-# a running kernel. A new pick goes to the end of its list, and those behind a removed one move up, each to another
-# bird: to exchange a pair, unpick its horse *and* its bird. While a checkbox has the focus, type no letters: Jupyter
-# takes `x` for "cut this cell" (`z` brings it back). `picks.change("horse", 606, True)` does the same as a click.
-#
-# In the folded cells, the pickers, every picture has its own checkbox: a click during a page turn marks what you saw.
+# Click on a picture, or Tab to it and press Space; this needs a running kernel. A new pick goes to the end of its list,
+# and those behind a removed one move up, each to another bird: to exchange a pair, unpick its horse *and* its bird.
+# While a checkbox has the focus, type no letters: Jupyter takes `x` for "cut this cell" (`z` brings it back). Without
+# widgets, `picks.change("horse", 606, True)` does what a click does. In the folded cells every picture gets a checkbox
+# of its own for good, so that a click that crosses with a page turn still marks the picture you saw.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 PICKER_STYLE = """<style>
 .pegasus-picker { --picked: #116329; --focus: #0550ae; }
 [data-jp-theme-light="false"] .pegasus-picker { --picked: #56d364; --focus: #79c0ff; }
-.pegasus-picker .pegasus-grid { padding: 6px; }
+.pegasus-picker :is(button, select):focus-visible { outline: 3px dashed var(--focus) !important; }
+.pegasus-picker [role=status], .pegasus-cell label { color: var(--jp-ui-font-color1, inherit); }
+.pegasus-grid { padding: 6px; }
 .pegasus-cell { position: relative; border-radius: 4px; margin: 2px; }
 .pegasus-cell .widget-checkbox, .pegasus-cell .widget-label-basic { position: static; width: auto; cursor: pointer; }
 :is(.pegasus-cell, .pegasus-mask) .widget-label-basic::after { content: ""; position: absolute; inset: 0; }
 .pegasus-cell input { position: relative; z-index: 1; }
 .pegasus-cell:has(input:checked) { outline: 3px solid var(--picked); font-weight: bold; }
-.pegasus-cell:has(input:focus-visible) { outline: 4px dashed var(--focus); }
 .pegasus-canvas { position: relative; width: 256px; height: 256px; overflow: hidden; }
 .pegasus-canvas img { margin: 0; }
 .pegasus-mask { position: absolute; inset: 0; margin: 0; height: 100%; width: 100%; overflow: hidden; }
 .pegasus-mask .widget-checkbox { position: relative; margin: 0; width: auto; height: 100%; }
 .pegasus-mask .widget-checkbox { box-shadow: inset 0 0 0 0.5px rgba(255, 255, 255, 0.5); }
 .pegasus-mask .widget-label-basic { position: static; font-size: 0; width: 100%; height: 100%; cursor: pointer; }
-.pegasus-mask input { margin: 2px; opacity: 0; }
+.pegasus-mask input:not(:checked) { opacity: 0; }
 .pegasus-mask .widget-checkbox:has(input:checked) { box-shadow: inset 0 0 0 2px #56d364; }
-.pegasus-mask input:checked { opacity: 1; }
-.pegasus-mask .widget-checkbox:has(input:focus-visible) { outline: 3px dashed #0550ae; outline-offset: -3px; }
-.pegasus-picker :is(button, select):focus-visible { outline: 3px dashed var(--focus) !important; }
-.pegasus-picker [role=status] { line-height: 1.4; }
-.pegasus-picker [role=status], .pegasus-cell label { color: var(--jp-ui-font-color1, inherit); }
+.pegasus-cell:has(:focus-visible) { outline: 4px dashed var(--focus); }
+.pegasus-mask .widget-checkbox:has(:focus-visible) { outline: 3px dashed #0550ae; outline-offset: -3px; }
 </style>"""
 
 
@@ -1899,17 +1873,25 @@ def jpeg(image, height=96):
     return encode_jpeg(resize(image, size, InterpolationMode.BICUBIC), quality=90).numpy().tobytes()
 
 
+def in_rows(children, **layout):
+    """A box of widgets, side by side as long as there is room."""
+    return widgets.Box(list(children), layout={"flex_flow": "row wrap", **layout})
+
+
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 class Controls(widgets.VBox):
-    """Buttons that act on a PicksFile, and a line that tells its state and what went wrong."""
+    """What pickers and composer have in common: buttons, a page, and a line that tells how things stand."""
 
     latest = {}  # {name: controls}: older ones are closed, or their widgets would live as long as the kernel
 
     def __init__(self, picks, name):
-        self.picks, self.buttons, self.trouble = picks, {}, None
-        self.status = widgets.HTML()
         super().__init__()
         self.add_class("pegasus-picker")
+        self.picks, self.page, self.trouble, self.cells, self.buttons = picks, 0, None, {}, {}
+        self.status = widgets.HTML()
+        self.add_button("Previous", lambda: self.go_to(self.page - 1))
+        self.add_button("Next", lambda: self.go_to(self.page + 1))
+        self.add_button("Undo", picks.undo)
         if name in Controls.latest:
             Controls.latest[name].discard()
         Controls.latest[name] = self
@@ -1918,30 +1900,38 @@ class Controls(widgets.VBox):
     def __repr__(self):
         return f"{type(self).__name__}: open the notebook in Jupyter and run it to click on pictures"
 
-    def discard(self, *hidden):
-        """Close all widgets that these controls are made of, hidden ones included."""
-        close_widgets(self, *hidden)
+    def discard(self):
+        """Close all widgets, those of cells that are not shown too."""
+        close_widgets(self, *self.cells.values())
 
-    def attempt(self, action):
-        """Call action(); if it fails, say so in the status line, since Jupyter hides errors of callbacks."""
+    def attempt(self, action, *arguments):
+        """Call the action; if it fails, say so in the status line, since Jupyter hides errors of callbacks."""
         with self.picks.lock:
             try:
-                action()
+                action(*arguments)
             except Exception as error:
                 self.trouble = f"{type(error).__name__}: {error}"
-                self.refresh_status()
+                self.tell()
+
+    def refresh(self):
+        """Follow the picks after a change, whoever made it."""
+        self.go_to(self.page)
 
     def add_button(self, name, action):
-        self.buttons[name] = widgets.Button(description=name, layout=widgets.Layout(width="88px", flex="0 0 auto"))
+        """Make a button that calls action()."""
+        self.buttons[name] = widgets.Button(description=name, layout={"width": "88px", "flex": "0 0 auto"})
         self.buttons[name].on_click(lambda _: self.attempt(action))
 
-    def tell(self, text):
-        """Write the status line: text, then whether the file was saved; screen readers are told."""
-        picks = self.picks
+    def on_change(self, widget, action):
+        """Call action(value) when the value of a widget changes."""
+        widget.observe(lambda change: self.attempt(action, change["new"]), "value")
+
+    def tell(self):
+        """Write the status line: where one is, whether that is saved, what went wrong; screen readers are told."""
         whose = {"your own": "your own choices, saved", "none": "nothing chosen yet"}
-        whose = whose.get(picks.origin, f"{picks.origin} choices")
-        text += " · " + (f"NOT saved: {picks.failure}" if picks.failure else whose)
-        text += "".join(f" · {note}" for note in (*picks.notes[-1:], self.trouble) if note)
+        saved = whose.get(self.picks.origin, f"{self.picks.origin} choices")
+        saved = f"NOT saved: {self.picks.failure}" if self.picks.failure else saved
+        text = " · ".join([self.describe(), saved, *self.picks.notes[-1:], *filter(None, [self.trouble])])
         text = html.escape(text).replace("NOT saved", "<strong>NOT saved</strong>")
         self.status.value = f'<span role="status" aria-live="polite">{text}</span>'
 
@@ -1957,27 +1947,21 @@ class ImagePicker(Controls):
     def __init__(self, picture, picks, group, sorts, per_page=40):
         super().__init__(picks, group)
         self.picture, self.group, self.per_page = picture, group, per_page
-        self.cells, self.boxes, self.order, self.page, self.pages = {}, {}, [], 0, 1
+        self.boxes, self.order, self.pages = {}, [], 1
         self.look = {"indent": False, "layout": widgets.Layout()}  # shared by all checkboxes
         self.layouts = widgets.Layout(height="88px"), widgets.Layout(align_items="center", padding="3px")
-        self.grid = widgets.Box(layout={"flex_flow": "row wrap", "max_width": "836px"})
+        self.grid = in_rows([], max_width="836px")
         self.grid.add_class("pegasus-grid")
         narrow = {"layout": widgets.Layout(width="200px"), "style": {"description_width": "40px"}}
         self.sort = widgets.Dropdown(options=sorts, description="Sort", **narrow)
         self.show = widgets.Dropdown(options=["all", "picked", "not picked"], description="Show", **narrow)
-        for menu in (self.sort, self.show):
-            menu.observe(lambda _: self.attempt(self.start), "value")
-        self.add_button("Previous", lambda: self.go_to(self.page - 1))
-        self.add_button("Next", lambda: self.go_to(self.page + 1))
-        self.add_button("Undo", picks.undo)
+        self.on_change(self.sort, self.start)
+        self.on_change(self.show, self.start)
         if group in picks.candidates:
             self.add_button("Suggest", lambda: picks.fill(group, self.order))
-        bar = widgets.Box([*self.buttons.values(), self.sort, self.show], layout={"flex_flow": "row wrap"})
+        bar = in_rows([*self.buttons.values(), self.sort, self.show])
         self.children = [widgets.HTML(PICKER_STYLE), bar, self.status, self.grid]
-        self.attempt(self.start)
-
-    def discard(self):
-        super().discard(*self.cells.values())
+        self.attempt(self.start, None)
 
     def cell(self, index):
         """Picture and checkbox of a candidate, built on first use."""
@@ -1985,17 +1969,13 @@ class ImagePicker(Controls):
             picture = widgets.Image(value=jpeg(self.picture(index)), format="jpeg", layout=self.layouts[0])
             box = widgets.Checkbox(index in self.picks[self.group], description=f"#{index}", **self.look)
             self.look["style"], self.boxes[index] = box.style, box
-            box.observe(lambda change: self.attempt(lambda: self.pick(index, change["new"])), "value")
+            self.on_change(box, partial(self.picks.change, self.group, index))
             self.cells[index] = widgets.VBox([picture, box], layout=self.layouts[1])
             self.cells[index].add_class("pegasus-cell")
         return self.cells[index]
 
-    def pick(self, index, picked):
-        """What a click on a checkbox does; one that already agrees does nothing."""
-        if picked != (index in self.picks[self.group]):
-            self.picks.change(self.group, index, picked)
-
-    def start(self):
+    def start(self, _):
+        """Sort anew and show the first page, after a menu has changed."""
         self.order = self.sort.value(self.picks[self.group]) if callable(self.sort.value) else list(self.sort.value)
         self.go_to(0)
 
@@ -2005,24 +1985,22 @@ class ImagePicker(Controls):
         order = [index for index in self.order if self.group != "dark" or index in pool]
         order = [index for index in order if show == "all" or (index in picked) == (show == "picked")]
         self.pages = max(1, math.ceil(len(order) / self.per_page))
-        start = min(max(0, page), self.pages - 1) * self.per_page
-        self.grid.children = [self.cell(index) for index in order[start : start + self.per_page]]
-        self.page, self.trouble = start // self.per_page, None
-        self.refresh_status()
+        page = min(max(0, page), self.pages - 1)
+        shown = order[page * self.per_page : (page + 1) * self.per_page]
+        self.grid.children = [self.cell(index) for index in shown]
+        for index in shown:
+            self.boxes[index].value = index in picked  # to change what already agrees does nothing
+        self.page, self.trouble = page, None
+        self.tell()
 
-    def refresh(self):
-        """Follow the picks after a change, whoever made it; checkboxes that already agree do nothing."""
-        picked = set(self.picks[self.group])
-        for index, box in self.boxes.items():
-            box.value = index in picked
-        self.go_to(self.page)
-
-    def refresh_status(self):
+    def describe(self):
+        """How many are picked, and which page is shown."""
         count, target = len(self.picks[self.group]), self.picks.target
         words = {"dark": f"{count} marked as dark-winged", "best": f"{count} of 3 best pegasi picked"}
         text = words.get(self.group, f"{count} of {target} {self.group}s picked")
-        text += f": remove {count - target}" if self.group in self.picks.candidates and count > target else ""
-        self.tell(f"{text} · page {self.page + 1} of {self.pages}")
+        if self.group in self.picks.candidates and count > target:
+            text += f": remove {count - target}"
+        return f"{text} · page {self.page + 1} of {self.pages}"
 
 
 # %%
@@ -2031,9 +2009,9 @@ if __name__ == "__main__" and in_notebook:
     display(ImagePicker(birds.images.__getitem__, picks, "bird", bird_sorts))
 
 # %% [markdown]
-# Now mark the birds whose wings are darker than what is behind them. A code and its negative swap light and dark (the
-# next section measures how well), so a marked bird comes out with light wings. Each picked bird stands beside what the
-# negative of its code decodes to: mark it if you like the right one better.
+# Now mark the birds whose wings are darker than what is behind them. A code and its negative swap light and dark, as
+# the next section measures: beside each picked bird stands what its negative decodes to. Mark it if you like that one
+# better.
 
 
 # %%
@@ -2480,17 +2458,17 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### The wing composer
 #
-# A code that keeps its place can be edited where the wings go. A *composition* says how: make the bird smaller or
-# larger, turn it, mirror it, move it until a wing stands on the horse's back, negate its code if the wings are dark, and
-# say which part of the picture is the bird's. Its picture also holds its sky, which is not wanted. So encode that sky
-# alone, too, $z_\text{sky}$, and take from the bird's code what is not sky. In cell $c$,
+# A code that keeps its place can be edited where the wings go. A *composition* says how: resize the bird, turn it,
+# mirror it, move it until a wing stands on the horse's back, negate its code if the wings are dark, and choose the
+# blocks that are the bird's. Its sky is not wanted: encode that alone, too, $z_\text{sky}$, and take from the bird's
+# code what is not sky. In cell $c$,
 #
 # $$z_c = z_{\text{horse}, c} + m_c \, \big[ \pm (z_{\text{bird}, c} - z_{\text{sky}, c})
 #   + k_c \, (\pm z_{\text{sky}, c} - z_{\text{horse}, c}) \big],$$
 #
-# where $m_c$ is 1 in the chosen blocks, softer at their border, and 0 where less than a twentieth of the cell is bird, and $k_c$ is the share of the cell that the bird
-# covers. Covered whole, $k_c = 1$, a cell becomes the bird's; at the wing's edge, the horse's code takes the place of
-# the sky's.
+# where $m_c$ is 1 in the chosen blocks, softer at their border, and 0 where less than a twentieth of the cell is bird,
+# and $k_c$ is the share of the cell that the bird covers: at the wing's edge, the horse's code takes the place of the
+# sky's.
 #
 # > Choice: the bird is moved as a picture and then encoded, instead of moving the cells of its code. Why: the numbers
 # > of a cell say how its patch looks, and mirroring the grid moves patches without mirroring what is in them.
@@ -2498,10 +2476,7 @@ if __name__ == "__main__":
 
 # %%
 def place_bird(image, composition):
-    """A bird (3, H, W), resized, turned, mirrored and moved as the composition says, before its own background.
-
-    Returns floats in [0, 1], the same shape.
-    """
+    """A bird (3, H, W), resized, turned, mirrored and moved as the composition says; the same shape, in [0, 1]."""
     x = as_float(image).flip(2) if composition.mirror else as_float(image)
     sky = background(x[None])[0]  # taken off and put back, so that what comes in from outside has this colour
     step = x.shape[1] / 8  # pixels
@@ -2511,10 +2486,7 @@ def place_bird(image, composition):
 
 
 def bird_cover(placed, side):
-    """The share of each of side x side cells that shows something else than background, (N, side, side) in [0, 1].
-
-    placed: (N, 3, H, W) in [0, 1].
-    """
+    """The share of each cell of placed birds (N, 3, H, W) that is not background; (N, side, side) in [0, 1]."""
     differs = (placed - background(placed)).abs().amax(dim=1, keepdim=True)  # (N, 1, H, W)
     return F.adaptive_avg_pool2d(((differs - 0.06) / 0.15).clamp(0, 1), side)[:, 0]
 
@@ -2545,21 +2517,9 @@ def compose(vae, horse_mu, bird_images, compositions):
     return horse_mu + share * (bird_mu - sky_mu + cover * (sky_mu - horse_mu))
 
 
-# %%
-if __name__ == "__main__":
-    pictures = spatial_birds.images[bird_picks]
-    three = horse_z[:3], pictures[:3]
-    unchanged = compose(spatial_vae, *three, [Composition(bird=0)] * 3)
-    assert torch.equal(unchanged, three[0]), "no blocks, no change"
-    mirrored = pictures.flip(3)
-    mirrored_cells = bird_z.unflatten(1, grid).flip(3).flatten(1)
-    for name, z in (("picture", encode_mean(spatial_vae, mirrored)), ("cells", mirrored_cells)):
-        mse = (decode_images(spatial_vae, z) - as_float(mirrored)).square().mean(dim=(1, 2, 3))
-        print(f"{name:>8} mirrored: PSNR {-10 * mse.log10().mean():.2f} dB against the mirrored birds")
-
 # %% [markdown]
-# Compositions are kept with the picks, one for each horse. Where a horse has none, a first guess stands in: the bird it
-# was paired with, somewhat smaller, above the middle. The folded cells are the composer's guesses, panels and clicks.
+# Compositions are kept with the picks. Where a horse has none, a first guess stands in: the bird it was paired with,
+# somewhat smaller, above the middle. The folded cells hold the composer, which saves every change at once.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -2570,105 +2530,66 @@ def guess_cells(composition, image):
     return composition.model_copy(update={"cells": cells})
 
 
-class ComposerPanels(Controls):
-    """The widgets of the wing composer: fields {name: widget}, cells (64 checkboxes, row by row), and pictures."""
-
-    SLIDERS = {"scale": (0.3, 2, 0.01), "turn": (-180, 180, 1), "right": (-8, 8, 0.25), "down": (-8, 8, 0.25)}
-    SLIDERS |= {"mend": (0, 1, 0.05)}
-
-    def __init__(self, picks, bird_indices):
-        super().__init__(picks, "composer")
-        self.fields, self.cells = {}, []
-        wide = {"style": {"description_width": "90px"}, "continuous_update": False}
-        for name, (low, high, step) in self.SLIDERS.items():
-            self.fields[name] = widgets.FloatSlider(min=low, max=high, step=step, **wide)
-        auto = {"indent": False, "layout": widgets.Layout(width="auto")}
-        self.fields |= {name: widgets.Checkbox(**auto) for name in ("mirror", "dark_winged", "good")}
-        options = [(f"#{index}", index) for index in bird_indices]
-        self.fields["bird"] = widgets.Dropdown(options=options, layout=widgets.Layout(width="200px"))
-        for name, widget in self.fields.items():
-            widget.description = name.replace("_", " ")
-            self.on_change(widget, lambda value, name=name: self.edit(**{name: value}))
-        look = {"indent": False, "layout": widgets.Layout()}  # shared by all blocks
-        for row in range(8):
-            for column in range(8):
-                box = widgets.Checkbox(description=f"row {row + 1}, column {column + 1}", **look)
-                look["style"] = box.style
-                self.on_change(box, lambda value, row=row, column=column: self.choose(row, column, value))
-                self.cells.append(box)
-        even = {"grid_template_columns": "repeat(8, 1fr)", "grid_template_rows": "repeat(8, 1fr)"}
-        mask = widgets.GridBox(self.cells, layout=widgets.Layout(**even))
-        mask.add_class("pegasus-mask")
-        names = ("horse", "bird", "pegasus")
-        self.pictures = {name: widgets.Image(format="jpeg", width=256, height=256) for name in names}
-        canvas = widgets.Box([self.pictures["horse"], mask])
-        canvas.add_class("pegasus-canvas")
-        for name, action in {
-            "Previous": lambda: self.go_to(self.position - 1),
-            "Next": lambda: self.go_to(self.position + 1),
-            "Undo": self.undo,
-            "Guess": lambda: self.edit(cells=guess_cells(self.composition, self.bird_image()).cells),
-            "Clear": lambda: self.edit(cells=Composition(bird=0).cells),
-        }.items():
-            self.add_button(name, action)
-        panels = {"horse: tick what is the bird's": canvas, "bird, placed": self.pictures["bird"]}
-        panels["pegasus"] = self.pictures["pegasus"]
-        panels = [widgets.VBox([widgets.Label(title), picture]) for title, picture in panels.items()]
-        wrap = {"layout": widgets.Layout(flex_flow="row wrap")}
-        columns = ("bird", "mirror", "dark_winged", "good"), tuple(self.SLIDERS)
-        columns = [widgets.VBox([self.fields[name] for name in names]) for names in columns]
-        bars = [widgets.HBox(row, **wrap) for row in (list(self.buttons.values()), panels, columns)]
-        self.children = [widgets.HTML(PICKER_STYLE), bars[0], self.status, *bars[1:]]
-
-    def set_widgets(self, composition):
-        """Let all widgets say what the composition says."""
-        for name, widget in self.fields.items():
-            widget.value = getattr(composition, name)
-        for box, cell in zip(self.cells, "".join(composition.cells)):
-            box.value = cell == "#"
-
-    def on_change(self, widget, action):
-        """Call action(value) when the reader changes a widget."""
-        widget.observe(lambda change: self.attempt(lambda: action(change["new"])), "value")
+def composer_widgets(bird_indices):
+    """Widgets of a composition's fields, its blocks, and the pictures, {name: widget} each; and the rows that hold them."""
+    fields = {"bird": widgets.Dropdown(options=[(f"#{index}", index) for index in bird_indices])}
+    for name in ("mirror", "dark_winged", "good"):
+        fields[name] = widgets.Checkbox(indent=False, layout={"width": "auto"})
+    sliders = {"scale": (0.3, 2, 0.01), "turn": (-180, 180, 1), "right": (-8, 8, 0.25), "down": (-8, 8, 0.25)}
+    for name, (low, high, step) in (sliders | {"mend": (0, 1, 0.05)}).items():
+        fields[name] = widgets.FloatSlider(min=low, max=high, step=step, continuous_update=False)
+    for name, widget in fields.items():
+        widget.description = name.replace("_", " ")
+    look = {"indent": False, "layout": widgets.Layout()}  # shared by all blocks
+    blocks = {(row, column): widgets.Checkbox(**look) for row in range(8) for column in range(8)}
+    for (row, column), box in blocks.items():
+        box.description = f"row {row + 1}, column {column + 1}"
+    even = {"grid_template_columns": "repeat(8, 1fr)", "grid_template_rows": "repeat(8, 1fr)"}
+    mask = widgets.GridBox(list(blocks.values()), layout=even)
+    mask.add_class("pegasus-mask")
+    names = ("horse", "bird", "pegasus")
+    pictures = {name: widgets.Image(format="jpeg", width=256, height=256) for name in names}
+    canvas = widgets.Box([pictures["horse"], mask])
+    canvas.add_class("pegasus-canvas")
+    panels = in_rows([canvas, pictures["bird"], pictures["pegasus"]])
+    return fields, blocks, pictures, [panels, in_rows(fields.values())]
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-class WingComposer(ComposerPanels):
+class WingComposer(Controls):
     """Put wings on horses: choose a bird, place it, click on the blocks of the picture that are the bird's.
 
-    vae: a model with a latent grid. horses, birds: all Candidates; horse_indices, bird_indices: those to choose from.
-    guesses: a Composition for each of the horses, shown where picks has none. prior: a FlowPrior that mends, or None.
+    vae: a model with a latent grid. horses, birds: all Candidates; horse_indices: the horses that get wings; bird_indices:
+    the birds that come first in the menu; guesses: a Composition for each of the horses, shown where picks has none.
+    prior: a FlowPrior that mends, or None.
     """
 
     prior = None
 
     def __init__(self, vae, horses, birds, horse_indices, bird_indices, picks, guesses):
-        super().__init__(picks, bird_indices)
+        super().__init__(picks, "composer")
         self.vae, self.horses, self.birds, self.guesses = vae, horses, birds, guesses
-        self.horse_indices, self.bird_indices, self.position = horse_indices, bird_indices, 0
-        self.attempt(lambda: self.go_to(0))
-
-    @property
-    def horse(self):
-        return self.horse_indices[self.position]
+        self.horse_indices, menu = horse_indices, dict.fromkeys([*bird_indices, *range(len(birds.images))])
+        self.fields, self.cells, self.pictures, rows = composer_widgets(menu)
+        for name, widget in self.fields.items():
+            self.on_change(widget, partial(self.edit, name))
+        for place, box in self.cells.items():
+            self.on_change(box, partial(self.choose, *place))
+        self.add_button("Guess", self.guess)
+        self.add_button("Clear", lambda: self.edit("cells", Composition(bird=0).cells))
+        self.children = [widgets.HTML(PICKER_STYLE), in_rows(self.buttons.values()), self.status, *rows]
+        self.attempt(self.go_to, 0)
 
     @property
     def composition(self):
         """The composition that is shown, the reader's or the first guess."""
-        return self.picks.choices.compositions.get(self.horse, self.guesses[self.position])
+        return self.picks.choices.compositions.get(self.horse, self.guesses[self.page])
 
-    def bird_image(self):
-        """The picture of the bird of the composition; ReaderError if it is not at hand."""
-        bird = self.composition.bird
-        if bird not in self.bird_indices:
-            raise ReaderError(f"bird #{bird} is new here: run the cell above and this one again")
-        return self.birds.images[bird]
-
-    def edit(self, **fields):
-        """Change fields of the composition that is shown, and save it; what is as it was, is no change."""
-        if any(getattr(self.composition, name) != value for name, value in fields.items()):
-            self.picks.follow()  # another notebook may have changed the others
-            self.picks.compose(self.horse, Composition(**self.composition.model_dump() | fields))
+    def edit(self, field, value):
+        """Change a field of the composition and save it; a widget that already agrees does nothing."""
+        if getattr(self.composition, field) != value:
+            self.picks.follow()  # another notebook may have changed other fields
+            self.picks.edit(("compositions", self.horse, self.composition.model_copy(update={field: value})))
 
     def choose(self, row, column, chosen):
         """Take a block from the bird or leave it to the horse."""
@@ -2676,66 +2597,55 @@ class WingComposer(ComposerPanels):
             self.picks.follow()
             cells = [list(cells) for cells in self.composition.cells]
             cells[row][column] = ".#"[chosen]
-            self.edit(cells=tuple("".join(cells) for cells in cells))
+            self.edit("cells", tuple("".join(cells) for cells in cells))
 
-    def go_to(self, position):
-        """Show the horse at a position; beyond the ends, the nearest there is."""
-        before, self.position = self.position, min(max(0, position), len(self.horse_indices) - 1)
-        try:
-            self.refresh()
-        except ReaderError:  # what is on the screen belongs to the horse before
-            self.position = before
-            raise
+    def guess(self):
+        """Choose the blocks in which the bird is seen."""
+        self.edit("cells", guess_cells(self.composition, self.birds.images[self.composition.bird]).cells)
 
-    def undo(self):
-        """Take back the last change, and show the horse that it was made to."""
-        before = dict(self.picks.choices.compositions)
-        self.picks.undo()
-        after = self.picks.choices.compositions
-        changed = [horse for horse in self.horse_indices if before.get(horse) != after.get(horse)]
-        if changed and self.horse not in changed:
-            self.go_to(self.horse_indices.index(changed[0]))
-
-    def refresh(self):
-        """Show the composition as it is now, whoever changed it."""
-        composition, bird, self.trouble = self.composition, self.bird_image(), None
+    def go_to(self, page):
+        """Show the horse of this number, counted from 0, and its composition; beyond the ends, the nearest there is."""
+        self.page, self.trouble = min(max(0, page), len(self.horse_indices) - 1), None
+        self.horse = self.horse_indices[self.page]
+        composition = self.composition
+        bird = self.birds.images[composition.bird]
         z = compose(self.vae, self.horses.latents[[self.horse]], [bird], [composition])
         if self.prior and composition.mend:
             z = mend_codes(self.prior, z, composition.mend, cells=wing_cells([composition], self.vae.decoder.grid[1]))
-        pegasus = decode_images(self.vae, z)[0]
-        shown = {"horse": as_float(self.horses.images[self.horse]), "bird": place_bird(bird, composition)}
-        for name, image in (shown | {"pegasus": pegasus}).items():
-            self.pictures[name].value = jpeg((image * 255).round().byte(), 256)
+        shown = as_float(self.horses.images[self.horse]), place_bird(bird, composition), decode_images(self.vae, z)[0]
+        for picture, image in zip(self.pictures.values(), shown):
+            picture.value = jpeg((image * 255).round().byte(), 256)
         self.fields["mend"].disabled = self.prior is None
-        self.set_widgets(composition)
-        self.refresh_status()
+        for name, widget in self.fields.items():
+            widget.value = getattr(composition, name)
+        for (row, column), box in self.cells.items():
+            box.value = composition.cells[row][column] == "#"
+        self.tell()
 
-    def refresh_status(self):
+    def describe(self):
+        """Which horse is shown, and whose composition."""
         state = "composed" if self.horse in self.picks.choices.compositions else "first guess"
-        self.tell(f"horse {self.position + 1} of {len(self.horse_indices)}, #{self.horse}: {state}")
+        return f"horse {self.page + 1} of {len(self.horse_indices)}, #{self.horse}: {state}"
 
 
 # %%
 if __name__ == "__main__":
-    composed_birds = {c.bird for horse, c in picks.choices.compositions.items() if horse in horse_picks}
-    wing_indices = bird_picks + sorted(composed_birds - set(bird_picks))  # birds whose wings are at hand
     guesses = []
     for bird, dark in zip(bird_picks, dark_winged.tolist()):
         guess = Composition(bird=bird, scale=0.7, down=-2, dark_winged=dark)
         guesses.append(guess_cells(guess, spatial_birds.images[bird]))
-    composer = WingComposer(spatial_vae, spatial_horses, spatial_birds, horse_picks, wing_indices, picks, guesses)
+    composer = WingComposer(spatial_vae, spatial_horses, spatial_birds, horse_picks, bird_picks, picks, guesses)
     if in_notebook:
         display(composer)
 
 # %% [markdown]
-# *Previous* and *Next* go from horse to horse. Choose a bird, then turn, move and scale it with the sliders (or type the
-# number beside one) until a wing stands on the horse's back: the middle picture shows where it is. Tick the blocks of
-# the wing; *Guess* ticks all that show the bird, *Clear* none. *good* marks the best. The picture on the right follows,
-# and every change is saved.
+# Choose a bird, then turn, move and scale it with the sliders (or type the number beside one) until a wing stands on
+# the horse's back: the middle picture shows where it is. Tick the wing's blocks on the left picture; *Guess* ticks all
+# that show the bird, *Clear* none. *good* marks the best. The pegasus on the right follows.
 #
-# The shipped 64 were composed by a vision-language model. It marked the withers of each horse and the wings of each bird; a
-# search proposed places for wings there; the model chose among the proposals on enlarged sheets and corrected what looked
-# wrong. To draw them again takes no widget:
+# The shipped 64 were composed by a vision-language model. It marked the withers of each horse and the wings of each
+# bird; a search proposed places; the model chose on enlarged sheets and corrected what looked wrong. To draw them takes
+# no widget:
 
 # %%
 if __name__ == "__main__":
@@ -2744,21 +2654,16 @@ if __name__ == "__main__":
     wings = spatial_birds.images[[composition.bird for composition in made]]
     composed = decode_images(spatial_vae, compose(spatial_vae, horse_z, wings, made))
     save_batch(cfg.output_dir / "pegasus_composed", composed)
-    uses = [sum(c.bird == bird for c in made) for bird in {c.bird for c in made}]
-    own = sum(horse in picks.choices.compositions for horse in horse_picks)
-    print(f"{own} of {len(made)} are {picks.origin} compositions, of {len(uses)} birds, one of them {max(uses)} times")
+    own, used = sum(horse in picks.choices.compositions for horse in horse_picks), {c.bird for c in made}
+    print(f"{own} of {len(made)} are {picks.origin} compositions, of {len(used)} birds")
     describe({"picked horses, on the grid": decode_images(spatial_vae, horse_z), "composed": composed})
     alt = "Eight by eight horses with wings: pale horses from whose shoulders and backs light wings rise"
     contact_sheet(cfg.output_dir / "pegasus_composed.png", composed, f"{len(composed)} composed pegasi", alt, columns=8)
-
-# %%
-if __name__ == "__main__":
     twelve = sorted(range(len(made)), key=lambda position: not made[position].good)[:12]
     save_large(cfg.output_dir / "best_composed.png", composed[twelve[0]])
     large = F.interpolate(composed[twelve], scale_factor=3, mode="bicubic").clamp(0, 1)
-    above, below = (", ".join(map(str, half)) for half in (twelve[:6], twelve[6:]))
     alt = "Twelve composed pegasi, large: horses in side view, each with a light wing above the back"
-    title = f"Twelve of the composed pegasi: numbers {above} above, {below} below"
+    title = f"Of the composed pegasi, numbers {', '.join(map(str, twelve))}"
     show_rows(cfg.output_dir / "composed_best.png", {"": large[:6], " ": large[6:]}, title, alt)
 
 # %% [markdown]
@@ -2777,7 +2682,7 @@ if __name__ == "__main__":
 # | composed | 61, 59 | 64, 60 | **61, 56** | 41, 40 | **34, 25** |
 # | picked horses, drawn on the grid | 61, 61 | 0, 0 | 0, 0 | 41, 40 | 0, 0 |
 #
-# They agree on 55 winged and 19 believable ones. The last row is the control: where there are no wings, none were seen. Both
+# They agree on 55 winged and 19 believable ones. In the last row, the control, no wings were seen where there are none. Both
 # noticed that scenes recur between batches, so they were not wholly blind.
 #
 # ### What is generated, and what is copied

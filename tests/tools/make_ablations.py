@@ -45,7 +45,7 @@ def shipped_pairs(images):
     """
     crc32 = {name: [zlib.crc32(image.numpy().tobytes()) for image in part] for name, part in images.items()}
     picks = SHIPPED / "picks.json"
-    choices = pv.ChoicesFile(picks, picks, crc32).choices
+    choices = pv.PicksFile(picks, picks, crc32, 64, "").choices
     best = [position for positions in choices.best.values() for position in positions[::-1]]
     order = list(dict.fromkeys([*best, *range(0, len(choices.horse), 11)]))[:6]
     horse, bird = ([picked[position] for position in order] for picked in (choices.horse, choices.bird))
