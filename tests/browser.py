@@ -26,13 +26,14 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 FLAGS += ["--disable-component-update", "--disable-sync"]
 SLOWDOWN = float(os.environ.get("BROWSER_SLOWDOWN", 1))
 QUIET = ["--ServerApp.port_retries=0", "--IdentityProvider.token=pegasus"]
+opened = []  # notebooks: what their pages show is said where a condition does not come true
 
 
 def until(condition, what, seconds=60):
     """Poll condition() until it is true without an exception, and return what it returned.
 
     An exception is no answer: the file is not there yet, say, or a picture is replaced while it is read. After that many
-    seconds AssertionError, with the last exception.
+    seconds AssertionError, with the last exception and what the pages show.
     """
     started = time.monotonic()
     while True:
@@ -45,7 +46,8 @@ def until(condition, what, seconds=60):
         waited = time.monotonic() - started
         if waited > seconds:
             last = f"; last: {type(trouble).__name__}: {trouble}" if trouble else ""
-            raise AssertionError(f"not within {seconds} s: {what}{last}") from trouble
+            pages = "".join(f"\n{notebook.look()}" for notebook in opened)
+            raise AssertionError(f"not within {seconds} s: {what}{last}{pages}") from trouble
         time.sleep(min(0.25, max(0.01, waited / 10)))  # no busier than needed: the kernel may share the processor
 
 
@@ -119,8 +121,21 @@ class Notebook:
         self.devtools = self.page.context.new_cdp_session(self.page)
         self.devtools.send("Emulation.setCPUThrottlingRate", {"rate": SLOWDOWN})
         path = f"lab/tree/{self.name}" if interface == "lab" else f"notebooks/{self.name}"
+        opened.append(self)
         self.page.goto(f"{jupyter.url}/{path}?token=pegasus", timeout=300_000)
         self.ready()
+
+    def look(self):
+        """What can be seen in the page, in words, and where its picture is."""
+        try:
+            picture = self.jupyter.folder / f"{self.name}.png"
+            self.page.screenshot(path=picture)
+            cells, status = self.page.locator(".jp-Cell").count(), self.page.locator(".jp-Notebook-ExecutionIndicator")
+            said = self.page.locator(".jp-Dialog, .pegasus-picker [role=status], .jp-OutputArea-output")
+            said = said.filter(has_text=re.compile(r"^Error|^Loading widget|picked|horse \d|Cancel")).all_inner_texts()
+            return f"{picture}: {cells} cells, kernel {status.get_attribute('data-status')}, {said}"
+        except Exception as error:
+            return f"{self.name}: {type(error).__name__}: {error}"
 
     def ready(self):
         """Wait for the kernel; where Jupyter asks which one, take the one it offers."""
@@ -185,21 +200,19 @@ class Notebook:
         self.page.locator(f"body[data-jp-theme-light={light}]").wait_for(state="attached")
 
     def picker(self, group):
-        """The picker of "horse", "bird", "dark" or "best", or the "composer", scrolled into view: cells out of sight are
-        not drawn."""
+        """The picker of "horse", "bird", "dark" or "best", or the "composer", scrolled into view.
+
+        Jupyter adds a cell to the page whenever the page is idle, the pickers' after dozens of others. Scrolling there
+        meanwhile only keeps the page busy.
+        """
         words = {"dark": "marked as dark-winged", "best": "best pegasi picked", "composer": r"horse \d+ of \d+"}
         status = re.compile(words.get(group, rf"\d+ {group}s picked"))
-        status = self.page.get_by_role("status").filter(has_text=status)
-        picker = self.page.locator(".pegasus-picker").filter(has=status).last
+        picker = self.page.locator(".pegasus-picker", has=self.page.locator("[role=status]", has_text=status)).last
 
         def drawn():
-            if not picker.count():  # Jupyter adds cells when it is idle, and when one scrolls
-                below = "e.scrollTop + e.clientHeight < e.scrollHeight - 9"  # at the end, look again from the top
-                scroll = f"e => {below} ? e.scrollBy(0, 700) : e.scrollTo(0, 0)"
-                self.page.locator(".jp-WindowedPanel-outer").evaluate(scroll)
-                return False
-            picker.scroll_into_view_if_needed()
-            return picker.get_by_role("status").inner_text()
+            if picker.count():
+                picker.scroll_into_view_if_needed()
+                return picker.get_by_role("status").inner_text()
 
         until(drawn, f"the picker of {group} is drawn", 300)
         return picker

@@ -120,7 +120,7 @@ def test_the_keyboard_reaches_every_control_with_a_visible_focus_and_space_picks
     style = f"getComputedStyle({focused}.closest('.pegasus-cell') ?? {focused})"
     visible = f"{style}.outlineStyle == 'dashed' && parseFloat({style}.outlineWidth) >= 3"
     name = f"({focused}.labels?.[0] ?? {focused}).innerText.trim()"
-    first, second, third = numbers(horses)[:3]
+    first, second, third = until(lambda: numbers(horses)[:3], "the pictures are drawn")
     names = ["Previous", "Next", "Undo", "Suggest", "Sort", "Show", f"#{first}", f"#{second}", f"#{third}"]
     horses.get_by_role("button", name="Previous").focus()
     until(lambda: page.evaluate(name) == names[0], "the first has the focus")
@@ -138,7 +138,7 @@ def test_the_keyboard_reaches_every_control_with_a_visible_focus_and_space_picks
 
 def test_undo_takes_back_the_last_change_on_page_and_in_file(notebook, picks):
     horses, before = notebook.picker("horse"), picks()
-    number = ticked(horses)[0]
+    number = until(lambda: ticked(horses), "the pictures are drawn")[0]
     box(horses, number).click()
     until(lambda: number not in picks()["horse"], "unpicked")
     press(horses, "Undo")
@@ -181,7 +181,7 @@ def test_suggest_fills_what_is_missing(notebook, picks):
 
 def test_a_click_in_the_same_instant_as_next_marks_the_picture_that_was_seen(notebook, picks):
     birds = notebook.picker("bird")
-    number = next(number for number in numbers(birds) if number not in picks()["bird"])
+    number = until(lambda: [n for n in numbers(birds) if n not in picks()["bird"]], "pictures that are not picked")[0]
     following = birds.get_by_role("button", name="Next").element_handle()
     box(birds, number).evaluate("(box, next) => { next.click(); box.click(); }", following)
     until(lambda: picks()["bird"][-1] == number, "the picture that was seen is picked")
@@ -362,7 +362,7 @@ def test_each_horse_has_its_own_composition(notebook, picks):
 
 def test_a_full_disk_shows_not_saved_and_the_next_click_saves_both(notebook, picks):
     horses = notebook.picker("horse")
-    one, two = [number for number in numbers(horses) if number not in picks()["horse"]][:2]
+    one, two = until(lambda: [n for n in numbers(horses) if n not in picks()["horse"]][:2], "the pictures are drawn")
     (notebook.outputs / "picks.json.tmp").symlink_to("/dev/full")
     box(horses, one).click()
     until(lambda: "NOT saved" in status(horses) and "No space left on device" in status(horses), "the reader is told")
@@ -381,8 +381,8 @@ def test_a_full_disk_shows_not_saved_and_the_next_click_saves_both(notebook, pic
 def test_colour_is_not_the_only_sign_and_words_and_frames_stand_out_in_both_themes(notebook, theme):
     notebook.choose_theme(theme)
     horses = notebook.picker("horse")
-    until(lambda: ticked(horses), "the picker is drawn")
-    chosen = box(horses, ticked(horses)[0])  # a tick, besides the frame
+    chosen = until(lambda: ticked(horses), "the picker is drawn")[0]
+    chosen = box(horses, chosen)  # a tick, besides the frame
     words = [horses.get_by_role("status"), horses.locator(".pegasus-cell label").last, horses.get_by_text("Sort")]
     opaque = "e => { while (getComputedStyle(e).backgroundColor == 'rgba(0, 0, 0, 0)') e = e.parentElement; return e }"
 
@@ -423,8 +423,7 @@ def test_a_reload_of_the_page_keeps_the_picker_alive(notebook, picks):
     notebook.page.reload(timeout=300_000)
     notebook.ready()
     horses = notebook.picker("horse")
-    until(lambda: ticked(horses), "the boxes are drawn again")
-    number = ticked(horses)[0]
+    number = until(lambda: ticked(horses), "the boxes are drawn again")[0]
     box(horses, number).click()
     until(lambda: number not in picks()["horse"], "a click still reaches the file")
     press(horses, "Undo")
@@ -450,7 +449,7 @@ def test_a_restarted_kernel_takes_up_the_picks_of_the_file(notebook, picks):
 
 def test_two_notebooks_on_one_file_keep_the_clicks_of_both_and_show_them(open_notebook, picks):
     pickers = [open_notebook(interface).picker("horse") for interface in ("lab", "notebooks")]
-    until(lambda: numbers(pickers[0]) == numbers(pickers[1]), "both show the same page")
+    until(lambda: numbers(pickers[0]) and numbers(pickers[0]) == numbers(pickers[1]), "both show the same page")
     until(picks, "there is a file")
     own = [number for number in numbers(pickers[0]) if number not in picks()["horse"]][:4]
     for turn, number in enumerate(own):
