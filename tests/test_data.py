@@ -5,7 +5,6 @@ import os
 import shutil
 import tarfile
 import threading
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -299,20 +298,21 @@ def test_a_spoiled_cache_is_made_again(pv, stl10_cfg, drawn, spoil):
 
 
 def test_a_second_process_waits_for_the_first_ones_cache(pv, stl10_cfg, drawn, monkeypatch):
-    made, build, waits = [], pv.build_cache, threading.Event()
+    made, build, lock = [], pv.build_cache, pv.FileLock
+    asked, waits = threading.Semaphore(0), threading.Event()
 
     def build_slowly(cfg, named, cache, stamp):
         made.append(cache)
-        waits.wait(10)
+        assert waits.wait(60)
         return build(cfg, named, cache, stamp)
 
     monkeypatch.setattr(pv, "build_cache", build_slowly)
+    monkeypatch.setattr(pv, "FileLock", lambda file: asked.release() or lock(file))
     with ThreadPoolExecutor() as pool:
         results = [pool.submit(pv.load_images, stl10_cfg, "test") for _ in range(2)]
-        time.sleep(0.2)
-        assert len(made) == 1 and not any(result.done() for result in results)
+        both = all(asked.acquire(timeout=60) for _ in results)
         waits.set()
-        assert all(torch.equal(result.result(), as_tensor(drawn["test"])) for result in results)
+        assert both and all(torch.equal(result.result(), as_tensor(drawn["test"])) for result in results)
     assert len(made) == 1
 
 

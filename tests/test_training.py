@@ -266,9 +266,9 @@ def test_a_run_killed_at_eight_random_moments_ends_bit_for_bit_like_one_that_was
         number = rng.randint(1, 16)
         killed = processes.Process(target=train_and_die, args=(json.loads(cfg.model_dump_json()), number, said))
         killed.start()
-        assert told.poll(120), "neither killed nor finished"
+        assert told.poll(300), "neither killed nor finished"
         log.append(told.recv())
-        killed.join(120)
+        killed.join(300)
         assert killed.exitcode == -signal.SIGKILL, log
     assert len(set(log)) >= 4, "the kills must fall on different kinds of moment"
     vae, resumed = pv.fit(cfg)
@@ -592,7 +592,7 @@ def disks(uninterrupted, tmp_path_factory):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"}
     arguments = [cfg.model_dump_json(), str(int(state * 1.5)), str(folder / "outcome.pt")]
     command = ["unshare", "-rm", sys.executable, "-c", DISKS, *arguments]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done, folder
 
