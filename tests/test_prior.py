@@ -631,10 +631,10 @@ def test_another_recipe_and_codes_of_other_weights_are_refused_and_the_state_is_
     at_step(7, press_stop)
     pv.fit_prior(cfg, vae)
     before = (run / "state.pt").read_bytes()
-    with pytest.raises(pv.ReaderError, match="another recipe .*base_channels was 8, is 12.*choose a new run_name"):
+    with pytest.raises(pv.ReaderError, match="cannot be used .*base_channels was 8, is 12.*choose a new run_name"):
         pv.fit_prior(cfg.model_copy(update={"base_channels": 12}), vae)
     torch.manual_seed(1)
-    with pytest.raises(pv.ReaderError, match=r"another recipe \(data was \d+, is \d+\)"):
+    with pytest.raises(pv.ReaderError, match=r"cannot be used \(data was \d+, is \d+\)"):
         pv.fit_prior(cfg, pv.VAE(cfg))
     assert (run / "state.pt").read_bytes() == before
 
