@@ -1807,12 +1807,11 @@ PICKER_STYLE = """<style>
 .pegasus-canvas { position: relative; width: 256px; height: 256px; overflow: hidden; }
 .pegasus-canvas img { margin: 0; }
 .pegasus-mask { position: absolute; inset: 0; margin: 0; height: 100%; width: 100%; overflow: hidden; }
-.pegasus-mask .widget-checkbox { position: relative; margin: 0; width: auto; height: 100%; }
-.pegasus-mask .widget-checkbox { box-shadow: inset 0 0 0 0.5px rgba(255, 255, 255, 0.5); }
+.pegasus-mask .widget-checkbox { position: relative; margin: 0; width: auto; height: 100%; box-shadow: inset 0 0 0 0.5px #fff8; }
 .pegasus-mask .widget-label-basic { position: static; font-size: 0; width: 100%; height: 100%; cursor: pointer; }
 .pegasus-mask input:not(:checked) { opacity: 0; }
 .pegasus-mask .widget-checkbox:has(input:checked) { box-shadow: inset 0 0 0 2px #56d364; }
-.pegasus-cell:has(:focus-visible) { outline: 4px dashed var(--focus); }
+.pegasus-cell:has(input:focus-visible) { outline: 4px dashed var(--focus); }
 .pegasus-mask .widget-checkbox:has(:focus-visible) { outline: 3px dashed #0550ae; outline-offset: -3px; }
 </style>"""
 
@@ -3153,8 +3152,6 @@ if __name__ == "__main__":
 #   what is missing. A code that keeps its place helps; a loss that sees texture should.
 # - **Training.** Six epochs of 105,000 photographs for the grid, ten of 60,522 soft ones for the paper's layout, where
 #   the paper has a hundred of 105,000; three for the prior, whose loss was still falling. One seed, no GPU.
-# - **Meaning.** What mixing, negating and drawing cannot do stands with their figures. No latent dimension was looked for that
-#   means *wings*; exercise 5 is a step that way.
 # - **Judging.** Whiteness and distances can be computed, "looks like a pegasus" cannot. Two runs of one model may share
 #   their mistakes, and one of the same family chose the picks and the compositions. No person has judged.
 #

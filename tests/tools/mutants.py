@@ -56,7 +56,7 @@ MUTANTS = {
     "resume forgets Adam": ('                self.optimizer.load_state_dict(state["optimizer"])\n', ""),
     "resume without the lock": ('                    stack.enter_context(FileLock(self.folder / "lock", timeout=0))\n', "                    pass\n"),
     "lock let go at once": ('stack.enter_context(FileLock(self.folder / "lock", timeout=0))', 'FileLock(self.folder / "lock", timeout=0).acquire().lock.release()'),
-    "recipe not compared": ("        if differ:", "        if False:"),
+    "recipe not compared": ("if before.get(k) != v]", "if False]"),
     "damaged state overwritten": ("        except FileNotFoundError:\n            return\n", "        except Exception:\n            return\n"),
     "pickle may run code": ("weights_only=True", "weights_only=False"),
     "spoiled state saved": ("if not all(weight.isfinite().all()", "if False and not all(weight.isfinite().all()"),
