@@ -198,6 +198,19 @@ def test_a_bird_that_another_notebook_has_unpicked_cannot_be_marked(picks, open_
     assert picks["dark"] == [5] == ticked(dark) == shown(dark)
 
 
+def test_the_page_is_not_told_that_a_click_was_undone_while_it_is_carried_out(
+    picks, open_picks, open_picker, monkeypatch
+):
+    """Its value in passing would stay on the page: ipywidgets does not send what the page itself has said."""
+    picker, sent = open_picker(picks, "bird"), []
+    for index in (0, 4):  # what is sent are the names of traits: one, or a set that may be empty
+        box = picker.boxes[index]
+        monkeypatch.setattr(box, "send_state", lambda key=None, index=index: sent.append((index, key)) if key else None)
+    open_picks().change("bird", 4, True)
+    click(picker.boxes[0])
+    assert ticked(picker) == [0, 3, 4] and sent == [(4, "value")]
+
+
 def test_a_click_shows_what_another_notebook_has_changed_meanwhile(picks, open_picks, open_picker):
     picker, other = open_picker(picks, "bird"), open_picks()
     other.change("bird", 3, False)

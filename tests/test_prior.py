@@ -301,7 +301,7 @@ def test_an_unknown_class_is_refused_with_those_that_are_known(pv, prior, codes,
 
 @pytest.mark.parametrize("strength", [0, 0.5])
 def test_codes_of_another_grid_are_refused(pv, prior, strength):
-    with pytest.raises(pv.ReaderError, match="codes of 32 numbers, not 64: load the prior of this model"):
+    with pytest.raises(pv.ReaderError, match=r"codes of a grid \(2, 4, 4\), not of 64 numbers: load this model's"):
         pv.mend_codes(prior, torch.zeros(2, 64), strength)
 
 
@@ -527,6 +527,14 @@ def test_the_same_recipe_gives_the_same_prior(watched, assert_same):
     assert_same(watched[3])
 
 
+def test_max_images_limits_what_the_prior_learns_from(pv, trained, tmp_path):
+    cfg = grid_config(pv, tmp_path).model_copy(update={"max_images": 60, "epochs": 1})
+    shutil.copytree(trained[0].output_dir / "cache", cfg.output_dir / "cache")
+    pv.fit_prior(cfg, trained[1])
+    state = torch.load(cfg.checkpoint_dir / "runs" / f"{cfg.run_name}-prior" / "state.pt")
+    assert state["recipe"]["images"] == 60 and state["optimizer"]["state"][0]["step"] == 3
+
+
 def test_the_learning_rate_rises_for_500_steps_while_it_falls_over_the_epochs(watched):
     _, rates, _, _ = watched
     assert rates == pytest.approx([1e-3 * (1 - step / 10) * (step + 1) / 500 for step in range(10)])
@@ -703,7 +711,7 @@ def test_the_cells_that_are_mended_are_those_of_the_chosen_blocks_and_their_neig
 
 
 def test_a_prior_that_knows_no_classes_has_no_evidence_for_any(pv, silent, codes):
-    assert torch.equal(pv.class_evidence(silent, codes, "horse"), torch.zeros(5, 4, 4))
+    assert torch.equal(pv.class_evidence(silent, codes, ["horse", "bird"]), torch.zeros(2, 5, 4, 4))
 
 
 def test_there_is_evidence_where_the_class_explains_the_code_and_against_it_where_not(pv, silent, exact, monkeypatch):
@@ -717,9 +725,9 @@ def test_there_is_evidence_where_the_class_explains_the_code_and_against_it_wher
         return exact_field * ones if label == CLASSES.index("bird") + 1 else torch.zeros_like(z_t)
 
     monkeypatch.setattr(pv, "velocity", velocity)
-    evidence = pv.class_evidence(silent, silent.restore(torch.stack([ones, -3 * ones])), "bird")
+    evidence, none = pv.class_evidence(silent, silent.restore(torch.stack([ones, -3 * ones])), ["bird", "cat"])
     assert (evidence[0, :, :2] > 0).all() and (evidence[:, :, 2:] == 0).all()
-    assert (evidence[1, :, :2].mean() < 0) and (pv.class_evidence(silent, silent.restore(ones[None]), "cat") == 0).all()
+    assert evidence[1, :, :2].mean() < 0 and (none == 0).all()
 
 
 @pytest.fixture
@@ -748,10 +756,10 @@ def test_of_two_proposals_the_one_with_more_evidence_for_either_class_wins(pv, a
     def found_by(wanted):
         """What is found if only the first (0) or second (1) proposals show the class at all."""
 
-        def evidence(prior, z, name):
+        def evidence(prior, z, names):
             index = torch.arange(len(z))  # two proposals for each of three horses
-            shown = (index // 3 == wanted).float() if name == class_name else index % 3.0
-            return shown[:, None, None].expand(-1, 8, 8)
+            shown = [(index // 3 == wanted).float() if name == class_name else index % 3.0 for name in names]
+            return torch.stack(shown)[:, :, None, None].expand(-1, -1, 8, 8)
 
         monkeypatch.setattr(pv, "class_evidence", evidence)
         drawn = lambda vae, z: torch.arange(len(z))[:, None, None, None] % 3.0 * len(z) * torch.ones(3, 8, 8)  # noqa: E731
