@@ -3170,8 +3170,7 @@ if __name__ == "__main__":
 #
 # ### Exercises
 #
-# 1. Use `horse_weight` 0.5 for dark-winged and 0.7 for other birds, by two calls of `make_pegasus`. Which pairs profit,
-#    and can you see why in the sweep?
+# 1. Use `horse_weight` 0.5 for dark-winged and 0.7 for other birds, by two calls of `make_pegasus`. Which profit?
 # 2. Encode each bird also mirrored (`images.flip(3)`) and take, for each pair, the version nearer to the horse's code.
 #    How does the count of convincing pegasi change?
 # 3. Train two or three more rows of the table of small trainings, with `tests/tools/make_ablations.py`. At which KL
