@@ -2798,9 +2798,7 @@ def flow_matching_loss(prior, z, labels):
     z: (N, latent_dim); labels: (N,). Returns a scalar; 1 + the variance of z where the network knows nothing.
     """
     eps = torch.randn_like(z)
-    t = torch.sigmoid(
-        torch.randn(len(z), device=z.device)
-    )  # (N,), most in the middle: at the ends there is little to learn
+    t = torch.sigmoid(torch.randn(len(z), device=z.device))  # (N,), most in the middle, where most is to be learned
     z_t = (1 - t[:, None]) * eps + t[:, None] * z
     with mixed_precision(z.device):
         velocity = prior(z_t, t, labels)  # (N, latent_dim)
