@@ -269,6 +269,15 @@ def test_a_second_start_uses_the_same_cache(pv, stl10_cfg, monkeypatch):
     assert torch.equal(first, second)
 
 
+def test_pictures_exchanged_for_others_of_the_same_size_are_noticed(pv, stl10_cfg, drawn):
+    pv.load_images(stl10_cfg, "test")
+    file = stl10_cfg.data_dir / "stl10_binary" / "test_X.bin"
+    time = file.stat().st_mtime_ns
+    file.write_bytes(b"".join(stl10_bytes(255 - picture) for picture in drawn["test"]))
+    os.utime(file, ns=(time, time + 10**9))
+    assert torch.equal(pv.load_images(stl10_cfg, "test"), as_tensor(255 - picture for picture in drawn["test"]))
+
+
 def test_splits_sizes_and_folders_have_caches_of_their_own(pv, stl10_cfg, folder_cfg):
     small = stl10_cfg.model_copy(update={"image_size": 32})
     wanted = [(stl10_cfg, "test"), (small, "test"), (small, "train"), (small, "train+unlabeled"), (folder_cfg, "test")]

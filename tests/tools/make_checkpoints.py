@@ -1,6 +1,6 @@
 """Make the files that ship in checkpoints/ from a finished training run and the photographs it was trained on.
 
-python tests/tools/make_checkpoints.py --data-dir DIR --checkpoint-dir RUNS --run-name paper "60,522 photographs"
+python tests/tools/make_checkpoints.py --data-dir DIR --checkpoint-dir RUNS --run-name paper "105,000 photographs"
 
 reads RUNS/runs/<run-name>/, measures the weights, as they ship, on the whole test split, and writes
 pegasus_vae.safetensors, candidates.safetensors and history.csv to the repository's checkpoints/; of a model with a
@@ -19,14 +19,14 @@ sys.path.insert(0, str(SHIPPED.parent))
 import pegasus_vae as pv  # noqa: E402
 
 
-def native(cfg, images):
-    """Those of all test images that are not CIFAR-10's, which were enlarged from 32 pixels."""
+def native(cfg, count):
+    """Which of the count test images are not CIFAR-10's, which were enlarged from 32 pixels; a list of bool."""
     files = [
         file for file in sorted((cfg.data_dir / "test").rglob("*")) if file.suffix.lower() in (".jpg", ".jpeg", ".png")
     ]
-    if len(files) != len(images):
-        raise SystemExit(f"{len(files)} files, {len(images)} images: which of them are of native size?")
-    return images[[not file.name.startswith("cifar10_") for file in files]]
+    if len(files) != count:
+        raise SystemExit(f"{len(files)} files, {count} images: which of them are of native size?")
+    return [not file.name.startswith("cifar10_") for file in files]
 
 
 def main():
@@ -37,12 +37,13 @@ def main():
     history = pv.read_history(run / "history.csv")
     info["data"] = description
     layout = "_spatial" if vae.decoder.grid[1] > 1 else ""
-    splits = {"all of test": None, "horse": "horse", "bird": "bird"}
-    images = {name: pv.load_images(cfg, "test", class_name) for name, class_name in splits.items()}
+    images, labels, classes = pv.load_split(cfg, "test")
+    parts = {"all of test": slice(None)} | {name: labels == classes.index(name) for name in ("horse", "bird")}
     if pv.find_data(cfg) == "folder":
-        images["native"] = native(cfg, images["all of test"])
-        print(f"{len(images['native'])} of {len(images['all of test'])} test pictures are of native size")
-    info["held_out"] = {name: pv.evaluate(vae, part).mean(dim=0).tolist() for name, part in images.items()}
+        parts["native"] = torch.tensor(native(cfg, len(images)))
+        print(f"{parts['native'].sum()} of {len(images)} test pictures are of native size")
+    values = pv.evaluate(vae, images)
+    info["held_out"] = {name: values[part].mean(dim=0).tolist() for name, part in parts.items()}
     pv.save_checkpoint(SHIPPED / f"pegasus_vae{layout}.safetensors", vae, info)
     pv.save_history(SHIPPED / f"history{layout}.csv", history)
 
