@@ -1506,6 +1506,7 @@ class Composition(BaseModel):
     mirror: bool = Field(False, description="whether the bird faces the other way")
     dark_winged: bool = Field(False, description="whether the bird's code is negated")
     cells: tuple[Annotated[str, Field(pattern="^[.#]{8}$")], ...] = Field(("." * 8,) * 8, min_length=8, max_length=8)
+    tint: float = Field(0, ge=0, le=1, description="how far the wing takes on the horse's colour")
     mend: float = Field(0, ge=0, le=1, description="how far the prior redraws the wing")
     good: bool = Field(False, description="whether it is one of the best")
 
@@ -1513,6 +1514,14 @@ class Composition(BaseModel):
     def mask(self):
         """Whether each of the 8x8 blocks of the picture is the bird's, # in cells; bool (8, 8)."""
         return torch.tensor([[cell == "#" for cell in row] for row in self.cells])
+
+    @property
+    def back(self):
+        """The blocks below the lowest chosen ones, where the horse's back is; bool (8, 8)."""
+        lowest = max((row for row in range(8) if "#" in self.cells[row]), default=0)
+        back = torch.zeros(8, 8, dtype=torch.bool)
+        back[min(lowest + 1, 7)] = self.mask[lowest]
+        return back
 
 
 class Choices(BaseModel):
@@ -2414,6 +2423,10 @@ if __name__ == "__main__":
 # where $m_c$ is 1 in the chosen blocks, softer at their border, and 0 where less than a twentieth of the cell is bird,
 # and $k_c$ is the share of the cell that the bird covers: at the wing's edge, the horse's code replaces the sky's.
 #
+# A wing in another colour than the horse looks stuck on. Colour is the mean of a wing's codes, so a *tint* $\tau$ moves
+# that towards the mean $\bar z_\text{horse}$ of the horse's codes on the back, in the blocks below the wing's root: for
+# $\pm z_{\text{bird}, c}$ put $\pm z_{\text{bird}, c} + \tau k_c \, (\bar z_\text{horse} - \bar z_\text{wing})$.
+#
 # > Choice: the bird is moved as a picture and then encoded, instead of moving the cells of its code. Why: the numbers
 # > of a cell say how its patch looks, and mirroring the grid moves patches without mirroring what is in them.
 
@@ -2430,14 +2443,19 @@ def place_bird(image, composition):
 
 
 def bird_cover(placed, side):
-    """The share of each cell of placed birds (N, 3, H, W) that is not background; (N, side, side) in [0, 1]."""
+    """The share of each cell of placed birds (N, 3, H, W) that is not background; (N, 1, side, side) in [0, 1]."""
     differs = (placed - background(placed)).abs().amax(dim=1, keepdim=True)  # (N, 1, H, W)
-    return F.adaptive_avg_pool2d(((differs - 0.06) / 0.15).clamp(0, 1), side)[:, 0]
+    return F.adaptive_avg_pool2d(((differs - 0.06) / 0.15).clamp(0, 1), side)
 
 
-def chosen_blocks(compositions, side):
-    """Which of side x side cells, or pixels, lie in the chosen blocks, 0 or 1, (N, 1, side, side)."""
-    return F.interpolate(torch.stack([c.mask for c in compositions])[:, None].float(), (side, side))
+def chosen_blocks(masks, side):
+    """Which of side x side cells, or pixels, lie in the blocks of masks, N times bool (8, 8): float (N, 1, side, side)."""
+    return F.interpolate(torch.stack(masks)[:, None].float(), (side, side))
+
+
+def mean_code(codes, weights):
+    """The mean over cells of codes (N, channels, side, side), weighted (N, 1, side, side); (N, channels, 1, 1)."""
+    return (weights * codes).sum(dim=(2, 3), keepdim=True) / weights.sum(dim=(2, 3), keepdim=True).clamp_min(1e-6)
 
 
 def compose(vae, horse_mu, bird_images, compositions):
@@ -2449,14 +2467,16 @@ def compose(vae, horse_mu, bird_images, compositions):
     side = vae.decoder.grid[1]
     placed = torch.stack([place_bird(image, c) for image, c in zip(bird_images, compositions)])
     sign = torch.tensor([-1.0 if c.dark_winged else 1.0 for c in compositions])[:, None]
-    bird_mu = sign * encode_mean(vae, placed)
-    sky_mu = sign * encode_mean(vae, background(placed).expand_as(placed))
-    cover = bird_cover(placed, side)  # (N, side, side)
-    chosen = chosen_blocks(compositions, side)
-    chosen = F.avg_pool2d(chosen, 3, stride=1, padding=1, count_include_pad=False)[:, 0]  # softer at the border
+    codes = horse_mu, sign * encode_mean(vae, placed), sign * encode_mean(vae, background(placed).expand_as(placed))
+    horse, bird, sky = (z.unflatten(1, vae.decoder.grid) for z in codes)  # (N, channels, side, side)
+    cover = bird_cover(placed, side)  # (N, 1, side, side)
+    chosen = chosen_blocks([c.mask for c in compositions], side)
+    chosen = F.avg_pool2d(chosen, 3, stride=1, padding=1, count_include_pad=False)  # softer at the border
     chosen = chosen * (cover > 0.05)
-    share, cover = (cells[:, None].expand(-1, *vae.decoder.grid).flatten(1) for cells in (chosen, cover))
-    return horse_mu + share * (bird_mu - sky_mu + cover * (sky_mu - horse_mu))
+    tint = torch.tensor([c.tint for c in compositions]).view(-1, 1, 1, 1)
+    back = chosen_blocks([c.back for c in compositions], side)
+    bird = bird + tint * cover * (mean_code(horse, back) - mean_code(bird, chosen * cover))
+    return (horse + chosen * (bird - sky + cover * (sky - horse))).flatten(1)
 
 
 # %% [markdown]
@@ -2467,7 +2487,7 @@ def compose(vae, horse_mu, bird_images, compositions):
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def guess_cells(composition, image):
     """The composition with those blocks chosen in which the placed bird, image (3, H, W), is seen."""
-    cover = bird_cover(place_bird(image, composition)[None], 8)[0]
+    cover = bird_cover(place_bird(image, composition)[None], 8)[0, 0]
     cells = tuple("".join(".#"[share > 0.3] for share in row) for row in cover.tolist())
     return composition.model_copy(update={"cells": cells})
 
@@ -2478,7 +2498,7 @@ def composer_widgets(bird_indices):
     for name in ("mirror", "dark_winged", "good"):
         fields[name] = widgets.Checkbox(indent=False, layout={"width": "auto"})
     sliders = {"scale": (0.3, 2, 0.01), "turn": (-180, 180, 1), "right": (-8, 8, 0.25), "down": (-8, 8, 0.25)}
-    for name, (low, high, step) in (sliders | {"mend": (0, 1, 0.05)}).items():
+    for name, (low, high, step) in (sliders | {"tint": (0, 1, 0.05), "mend": (0, 1, 0.05)}).items():
         fields[name] = widgets.FloatSlider(min=low, max=high, step=step, continuous_update=False)
     for name, widget in fields.items():
         widget.description = name.replace("_", " ")
@@ -2643,8 +2663,8 @@ if __name__ == "__main__":
     sign = torch.tensor([-1.0 if c.dark_winged else 1.0 for c in made])[:, None]
     drawn_horses = decode_images(spatial_vae, horse_z)
     drawn_wings = decode_images(spatial_vae, sign * encode_mean(spatial_vae, placed))
-    masks = chosen_blocks(made, cfg.image_size)
-    cover = F.interpolate(bird_cover(placed, side)[:, None], drawn_horses.shape[2:], mode="bilinear")
+    masks = chosen_blocks([c.mask for c in made], cfg.image_size)
+    cover = F.interpolate(bird_cover(placed, side), drawn_horses.shape[2:], mode="bilinear")
     pasted = drawn_horses + masks * cover * (drawn_wings - drawn_horses)
     regions = {"where the wing is": (masks * cover > 0.5)[:, 0], "elsewhere": (masks == 0)[:, 0]}
     others = {"drawn horse": drawn_horses, "drawn bird": drawn_wings, "pasted": pasted}
@@ -2691,9 +2711,7 @@ if __name__ == "__main__":
     for steps in (1, 2, 4, side // 2):
         pair = cells[:, :, :, steps:], cells[:, :, :, :-steps]
         here, there = ((part - part.mean(dim=0)).permute(1, 2, 3, 0) for part in pair)  # the last dimension: pictures
-        print(
-            f"{steps} to the right: {F.cosine_similarity(here, there, dim=3).mean():.2f}"
-        )  # of numbers less their mean
+        print(f"{steps} to the right: {F.cosine_similarity(here, there, dim=3).mean():.2f}")
     torch.manual_seed(cfg.seed)
     rungs = {"N(0, I)": torch.randn(12, math.prod(grid))}
     for name, candidates in (("horses", spatial_horses), ("birds", spatial_birds)):
@@ -2865,9 +2883,7 @@ def fit_prior(cfg, vae):
                 known = labelled[torch.randint(len(labelled), batch.shape, device=device)]  # as many with a class
                 y = torch.cat([torch.zeros_like(batch), labels[known]])
                 mirrored = torch.randint(2, y.shape, device=device)
-                z = prior.standardise(
-                    codes[torch.cat([batch, known]), mirrored].float()
-                )  # (2 * batch_size, latent_dim)
+                z = prior.standardise(codes[torch.cat([batch, known]), mirrored].float())  # (2 * batch_size, ...)
                 loss = flow_matching_loss(prior, z, y)
                 loss.backward()
                 optimizer.step()
@@ -2942,9 +2958,7 @@ def mend_codes(prior, z, strength, class_name=None, cells=None, seed=0, guidance
     if class_name and class_name not in prior.classes:
         raise ReaderError(f"the prior knows no class {class_name!r}, only {', '.join(prior.classes)}")
     if z.shape[1:] != (math.prod(prior.grid),):
-        raise ReaderError(
-            f"the prior is for codes of a grid {prior.grid}, not of {z.shape[1]} numbers: load this model's"
-        )
+        raise ReaderError(f"the prior is for a grid {prior.grid}, not for {z.shape[1]} numbers: load this model's")
     if not 0 <= strength <= 1:
         raise ReaderError(f"strength is between 0 and 1, not {strength}")
     label = prior.classes.index(class_name) + 1 if class_name else 0
@@ -3007,7 +3021,7 @@ if __name__ == "__main__":
 # %%
 def wing_cells(compositions, side):
     """Cells of the chosen blocks and those that touch them, which is what is mended: bool (N, side, side)."""
-    return F.max_pool2d(chosen_blocks(compositions, side), 3, stride=1, padding=1)[:, 0] > 0
+    return F.max_pool2d(chosen_blocks([c.mask for c in compositions], side), 3, stride=1, padding=1)[:, 0] > 0
 
 
 if __name__ == "__main__":

@@ -344,10 +344,11 @@ def test_whatever_is_done_to_a_bird_it_stays_a_picture(pv, size, fields):
 
 def test_the_cover_of_a_cell_is_the_share_that_is_not_background(pv):
     cover = pv.bird_cover(torch.stack([bar(8, 16, 22, 24), bar(0, 0, 0, 0)]), 8)
-    assert cover.shape == (2, 8, 8) and not cover[1].any()
-    assert cover[0, 2, 1] == pytest.approx(1) and cover[0, 2, 2] == pytest.approx(6 / 8) and (cover[0] > 0).sum() == 2
+    assert cover.shape == (2, 1, 8, 8) and not cover[1].any()
+    full, part = cover[0, 0, 2, 1:3].tolist()
+    assert full == pytest.approx(1) and part == pytest.approx(6 / 8) and (cover[0] > 0).sum() == 2
     faint = bar(8, 16, 24, 24).clamp(max=60 / 255 + 0.135)  # halfway between nothing and all
-    assert pv.bird_cover(faint[None], 8)[0, 2, 1] == pytest.approx(0.5, abs=1e-3)
+    assert pv.bird_cover(faint[None], 8)[0, 0, 2, 1] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_guessed_cells_are_those_that_the_placed_bird_fills_by_a_third(pv):
@@ -420,7 +421,7 @@ def test_a_cell_is_composed_by_the_formula(pv, grid_vae, horse_mu, dark_winged, 
     placed = pv.place_bird(image, pv.Composition(bird=0, **fields))[None]
     bird = pv.encode_mean(grid_vae, placed)[0].view(2, 16, 16)
     sky = pv.encode_mean(grid_vae, torch.full_like(placed, 60 / 255))[0].view(2, 16, 16)
-    horse, cover = horse_mu[0].view(2, 16, 16), pv.bird_cover(placed, 16)[0]
+    horse, cover = horse_mu[0].view(2, 16, 16), pv.bird_cover(placed, 16)[0, 0]
     partly = 0
     for row in range(16):
         for column in range(16):
@@ -432,10 +433,36 @@ def test_a_cell_is_composed_by_the_formula(pv, grid_vae, horse_mu, dark_winged, 
     assert partly > 5
 
 
+@pytest.mark.parametrize("tint", [0.25, 1])
+def test_a_tint_moves_the_mean_of_the_wing_towards_that_of_the_horses_back(pv, grid_vae, horse_mu, confetti, tint):
+    plain, tinted = (compose_one(pv, grid_vae, horse_mu, confetti, cells=BLOCK, tint=t) for t in (0, tint))
+    share = torch.zeros(1, 1, 16, 16)
+    share[:, :, 6:10, 4:8] = 1
+    share = torch.nn.functional.avg_pool2d(share, 3, stride=1, padding=1)[0]
+    bird = pv.encode_mean(grid_vae, confetti[None])[0].view(2, 16, 16)
+    wing = (share * bird).sum(dim=(1, 2)) / share.sum()
+    back = horse_mu[0].view(2, 16, 16)[:, 10:12, 4:8].mean(dim=(1, 2))  # below the chosen blocks
+    assert torch.allclose(tinted - plain, tint * share * (back - wing)[:, None, None], atol=1e-3)
+    assert (back - wing).abs().min() > 0.05, "or the test says nothing"
+
+
+@pytest.mark.parametrize(
+    "cells, back",
+    [
+        (EMPTY, []),
+        (BLOCK, [[5, 2], [5, 3]]),
+        (("#.......", "....#..#") + EMPTY[2:], [[2, 4], [2, 7]]),
+        (EMPTY[:7] + ("#.......",), [[7, 0]]),  # there is nothing below the last row
+    ],
+)
+def test_the_back_is_below_the_lowest_chosen_blocks(pv, cells, back):
+    assert pv.Composition(bird=0, cells=cells).back.nonzero().tolist() == back
+
+
 def test_each_horse_gets_its_own_composition_whatever_its_neighbours_are(pv, grid_vae, horse_mu, confetti):
     images = torch.stack([confetti, bar(8, 16, 24, 24), bar(30, 10, 60, 40)])
     compositions = [
-        pv.Composition(bird=0, cells=BLOCK, turn=30),
+        pv.Composition(bird=0, cells=BLOCK, turn=30, tint=0.5),
         pv.Composition(bird=0, cells=FULL, dark_winged=True),
         pv.Composition(bird=0, cells=FULL, mirror=True, right=-2),
     ]

@@ -415,7 +415,16 @@ def test_it_shows_what_is_kept_or_a_guess_and_looking_writes_nothing(picks, open
     assert path.stat().st_ino == before and picks.past == []
 
 
-VALUES = {"scale": 1.2, "turn": -30, "right": -2, "down": 0.5, "bird": 3, "mirror": False, "dark_winged": True}
+VALUES = {
+    "scale": 1.2,
+    "turn": -30,
+    "right": -2,
+    "down": 0.5,
+    "bird": 3,
+    "mirror": False,
+    "dark_winged": True,
+    "tint": 1,
+}
 
 
 @pytest.mark.parametrize("name, value", (VALUES | {"good": True}).items())
