@@ -945,7 +945,7 @@ def learning_step(loss_of, optimizer, x):
 def mixed_precision(device):
     """Autocast to bfloat16 where that is fast: on NVIDIA GPUs since Ampere, on CPUs with instructions for it."""
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        fast = torch.cuda.get_device_properties(device).major >= 8  # torch.compile can see through this
     else:  # older releases of torch do not tell what a CPU can do
         able = getattr(torch.cpu, "get_capabilities", dict)()
         fast = device.type == "cpu" and any(able.get(name) for name in ("amx_bf16", "avx512_bf16"))
