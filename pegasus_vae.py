@@ -63,9 +63,8 @@ if __name__ == "__main__" and get_ipython() and Path("checkpoints/title.png").ex
 #
 # > **Who did what.** Which horses and birds were picked, which wings were put on which horse, and what was counted
 # > as a winged horse was decided by a vision-language model (Claude) that looked at the pictures; no person has
-# > done it. The paper's author picked by hand, and so can you. **Learned from:** the network on the grid from 105,000
-# > photographs in STL-10's splits, most of them of Tiny ImageNet, since STL-10 itself could not be had; the one in the
-# > paper's layout, still, from 60,522 softer ones (see [The data](#The-data)).
+# > done it. The paper's author picked by hand, and so can you. **Learned from:** 105,000 photographs in STL-10's
+# > splits, most of them of Tiny ImageNet, since STL-10 itself could not be had (see [The data](#The-data)).
 #
 # ## How to run it
 #
@@ -889,7 +888,7 @@ if __name__ == "__main__":
         test_images = load_images(cfg, "test")
         counts = [len(load_images(cfg, "test", name)) for name in ("horse", "bird")]
         print(
-            f"{len(train_images)} training images; {len(test_images)} held out, {counts[0]} horses, {counts[1]} birds"
+            f"{len(train_images)} images to train; {len(test_images)} held out, {counts[0]} horses, {counts[1]} birds"
         )
         if min(counts) < cfg.picks_per_class:
             raise ReaderError(f"too few to pick {cfg.picks_per_class} of each: lower PEGASUS_PICKS_PER_CLASS")
@@ -907,9 +906,7 @@ if __name__ == "__main__":
 # > **Which photographs.** STL-10 could not be had where this was made. What stands in for it are 113,000 photographs in
 # > its very splits and counts: nearly all of Tiny ImageNet (from ImageNet, as STL-10's unlabeled pictures are), birds
 # > of CUB-200, PACS, four sets of animals, and 246 of STL-10's own unlabeled pictures. 1,102 of the 8,000 test pictures
-# > are CIFAR-10's, enlarged, none a horse or a bird. The network on the grid learned from these 105,000. **The paper's
-# > own layout did not yet**: its weights are the first edition's, taught by 60,522 photographs, most of them 32 pixels
-# > wide.
+# > are CIFAR-10's, enlarged, none a horse or a bird. All that ships learned from these 105,000 training pictures.
 #
 # ## Training
 #
@@ -1350,10 +1347,10 @@ if __name__ == "__main__":
     print("after epoch {epoch:.0f}: BCE {test_bce:.4f}, PSNR {test_psnr:.2f} dB".format(**history[-1]))
 
 # %% [markdown]
-# Left and right tell the same story: reconstructions of held-out photographs get closer to them. (The shipped curves
-# are of the first edition's softer photographs; the table below is of today's.) Training has other pictures, and so a
-# floor of its own: compare its course, not its height. A dashed line that turned up while training fell would be
-# overfitting: the network memorises. The KL is what a code says about its picture, at most; at zero it would be nothing.
+# Left and right tell the same story: reconstructions of held-out photographs get closer to them. Training has other
+# pictures, and so a floor of its own: compare its course, not its height. A dashed line that turned up while training
+# fell would be overfitting: the network memorises. The KL is what a code says about its picture, at most; at zero it
+# would be nothing.
 #
 # From here on we work with the test split's horses and birds, the *candidates* for picking. The folded cell loads them
 # with their codes. Without a data folder the shipped codes are decoded: you see the decoder's idea of each photograph.
@@ -1462,9 +1459,7 @@ if __name__ == "__main__":
     length = all_codes.norm(dim=1).mean()
     print(f"mean length: draws from the prior {draws['N(0, I)'].norm(dim=1).mean():.1f}, posterior means {length:.1f}")
     spread = all_codes.std(dim=0)  # (latent_dim,)
-    print(
-        f"standard deviation of posterior means {spread.mean():.2f}; {(spread > 0.1).sum()} of {len(spread)} above 0.1"
-    )
+    print(f"standard deviation of the means {spread.mean():.2f}; above 0.1: {(spread > 0.1).sum()} of {len(spread)}")
     correlation = torch.corrcoef(all_codes.T).abs().fill_diagonal_(0)
     print(f"strongest correlation of two dimensions {correlation.max():.2f}, where the prior has none")
 
@@ -2266,7 +2261,7 @@ def show_nearest(path, order, images, pool, pool_name):
 if __name__ == "__main__":
     pool, pool_name = torch.cat([horses.images, birds.images]), "candidates"
     if find_data(cfg):
-        pool, pool_name = train_images, "training"
+        pool, pool_name = train_images, "training set"
     show_nearest(cfg.output_dir / "nearest.png", best_first(picks, batch), pegasi, pool, pool_name)
 
 # %% [markdown]
@@ -2278,17 +2273,18 @@ if __name__ == "__main__":
 # Small trainings answer what the settings do: the recipe, and runs in which one setting differs.
 # `tests/tools/make_ablations.py` trains them all on the same budget, far below that of the shipped weights: base width
 # 32, two epochs over 20,000 of the photographs. So compare the rows with each other, and not with the figures above.
-# *Above floor* is BCE less its floor, KL in nats a latent dimension, *spread* the standard deviation of the posterior
-# means over the test split, which would be 1 if they were distributed like the prior and certain.
+# *Above floor* is BCE less its floor, *nats* the KL of a whole code, the rate, *spread* the standard deviation of the
+# posterior means over the test split, which would be 1 if they were distributed like the prior and certain.
 
 # %%
 if __name__ == "__main__":
     table, figure = (cfg.checkpoint_dir / f"ablations.{kind}" for kind in ("csv", "png"))
     if table.exists() and figure.exists():
-        print(f"{'':>20} {'parameters':>11} {'PSNR/dB':>8} {'above floor':>12} {'KL':>6} {'spread':>7}")
+        columns = ("parameters", "numbers", "psnr", "above_floor", "nats", "spread")
+        print(("{:>20}" + " {:>11}" * 6).format("", *columns))
         for row in csv.DictReader(table.read_text().splitlines()):
-            values = [float(row[name]) for name in ("parameters", "psnr", "above_floor", "kl", "spread")]
-            print(f"{row['change']:>20} {'{:11,.0f} {:8.2f} {:12.4f} {:6.3f} {:7.2f}'.format(*values)}")
+            values = [float(row[name]) for name in columns]
+            print("{:>20} {:11,.0f} {:11.0f} {:11.2f} {:11.4f} {:11.0f} {:11.2f}".format(row["change"], *values))
         show_picture(figure, "One row for each training: reconstructions of horses, pegasi, and draws from the prior")
     else:
         print(f"no {table} here: tests/tools/make_ablations.py makes it")
@@ -2515,7 +2511,8 @@ def composer_widgets(bird_indices):
     canvas.add_class("pegasus-canvas")
     panels = zip(titles.values(), [canvas, pictures["bird"], pictures["pegasus"]])
     panels = in_rows(widgets.VBox([widgets.Label(title), panel]) for title, panel in panels)
-    return fields, blocks, pictures, [panels, in_rows(fields.values())]
+    rows = in_rows(list(fields.values())[:4]), in_rows(list(fields.values())[4:])
+    return fields, blocks, pictures, [panels, *rows]
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -2903,9 +2900,7 @@ def fit_prior(cfg, vae):
 # %%
 def load_prior(path):
     """Read a prior that fit_prior wrote; returns (prior, info), on the CPU and in eval(). Errors as load_weights."""
-    return load_weights(
-        path, lambda info: FlowPrior(info["grid"], info["classes"], 3 * info["recipe"]["base_channels"])
-    )
+    return load_weights(path, lambda i: FlowPrior(i["grid"], i["classes"], 3 * i["recipe"]["base_channels"]))
 
 
 if __name__ == "__main__":
@@ -3155,8 +3150,8 @@ if __name__ == "__main__":
 #
 # - **Blur.** 512 numbers in one place do not carry feathers, and legs only now and then; a pixel-wise loss averages
 #   over what is missing. A code that keeps its place helps; a loss that sees texture should.
-# - **Training.** Six epochs of 105,000 photographs for the grid, ten of 60,522 soft ones for the paper's layout, where
-#   the paper has a hundred of 105,000; three for the prior, whose loss was still falling. One seed, no GPU.
+# - **Training.** Six epochs of 105,000 photographs, where the paper has a hundred; three for the prior, whose loss was
+#   still falling. One seed, no GPU.
 # - **Judging.** Whiteness and distances can be computed, "looks like a pegasus" cannot. Two runs of one model may share
 #   their mistakes, and one of the same family chose the picks and the compositions. No person has judged.
 #
@@ -3168,7 +3163,7 @@ if __name__ == "__main__":
 # | 1.2 prior $\mathcal N(0, I)$, KL, eq. (2) | the same, with the direction corrected; the bound derived | Variational autoencoders |
 # | 1.3 no dropout, batch norm, residuals that effectively skip one convolution, two batch norms, one activation | the same | The network |
 # | 1.4 two classes, made of blocks; nearest-neighbour upsampling; drawings (lost) | the same; drawn from the live model | The network |
-# | 1.5 STL-10 train + unlabeled, 105,000 images at 64x64, 100 epochs | `--mode paper` does that; the shipped grid model saw as many photographs of other sources, six times, the paper's layout 60,522, ten times | The data; Training |
+# | 1.5 STL-10 train + unlabeled, 105,000 images at 64x64, 100 epochs | `--mode paper` does that; what ships saw as many photographs of other sources, six times | The data; Training |
 # | 1.3, 1.5 batches of 64, learning rate 4e-4, annealed linearly | the same, by epochs, with Adam | The loss; Training |
 # | 1.5 BCE with logits + 0.01 KL, eq. (3) to (5) | the same; signs of (4) corrected; means over pixels and dimensions chosen | The divergence in closed form; The loss |
 # | 1.6 64 white horses, 64 white or wide-winged birds, by hand | the same, by a model's eye, from 800 and 800 candidates | Picking |
