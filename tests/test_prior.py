@@ -301,7 +301,7 @@ def test_an_unknown_class_is_refused_with_those_that_are_known(pv, prior, codes,
 
 @pytest.mark.parametrize("strength", [0, 0.5])
 def test_codes_of_another_grid_are_refused(pv, prior, strength):
-    with pytest.raises(pv.ReaderError, match=r"codes of a grid \(2, 4, 4\), not of 64 numbers: load this model's"):
+    with pytest.raises(pv.ReaderError, match=r"a grid \(2, 4, 4\), not for 64 numbers: load this model's"):
         pv.mend_codes(prior, torch.zeros(2, 64), strength)
 
 
