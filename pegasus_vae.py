@@ -2644,8 +2644,8 @@ if __name__ == "__main__":
 # | picked horses, drawn on the grid | 63, 64 | 0, 0 | 0, 0 | 42, 43 | 0, 0 |
 #
 # They agree on 58 winged and 48 believable ones, and saw no wings in the last row, the control. Before wings were
-# exchanged, two judges believed in 33 and 30 of the 64, between the two times two others in 37 and 40. The last also had
-# the weaker batches before them, which may have made them milder.
+# exchanged, two judges believed in 33 and 30 of the 64, between the two times two others in 37 and 40. These last ones
+# were milder, too: of the 45 not changed after that they believed in 43 and 40, the two before in 37 and 39.
 #
 # ### What is generated, and what is copied
 #
