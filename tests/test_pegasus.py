@@ -413,21 +413,24 @@ def test_chosen_blocks_are_soft_at_their_border_and_far_ones_stay(pv, grid_vae, 
     assert torch.equal(z[:, :, :3], horse[:, :, :3]) and torch.equal(z[:, :, 9:], horse[:, :, 9:])
 
 
+@pytest.mark.parametrize("tint", [0, 0.5])
 @pytest.mark.parametrize("dark_winged, sign", [(False, 1), (True, -1)])
-def test_a_cell_is_composed_by_the_formula(pv, grid_vae, horse_mu, dark_winged, sign):
+def test_a_cell_is_composed_by_the_formula(pv, grid_vae, horse_mu, dark_winged, sign, tint):
     image = bar(10, 17, 30, 30)
-    fields = {"cells": FULL, "scale": 0.9, "turn": 20, "right": 1, "dark_winged": dark_winged}
+    fields = {"cells": FULL, "scale": 0.9, "turn": 20, "right": 1, "dark_winged": dark_winged, "tint": tint}
     z = compose_one(pv, grid_vae, horse_mu, image, **fields)
     placed = pv.place_bird(image, pv.Composition(bird=0, **fields))[None]
     bird = pv.encode_mean(grid_vae, placed)[0].view(2, 16, 16)
     sky = pv.encode_mean(grid_vae, torch.full_like(placed, 60 / 255))[0].view(2, 16, 16)
     horse, cover = horse_mu[0].view(2, 16, 16), pv.bird_cover(placed, 16)[0, 0]
+    weight = cover * (cover > 0.05)
+    colour = horse[:, 14:].mean(dim=(1, 2)) - sign * (weight * bird).sum(dim=(1, 2)) / weight.sum()
     partly = 0
     for row in range(16):
         for column in range(16):
             h, b, s, k = horse[:, row, column], bird[:, row, column], sky[:, row, column], cover[row, column]
             m = float(k > 0.05)
-            expected = h + m * ((sign * b - sign * s) + k * (sign * s - h))
+            expected = h + m * ((sign * b + tint * k * colour - sign * s) + k * (sign * s - h))
             assert torch.allclose(z[:, row, column], expected, atol=1e-4), (row, column)
             partly += bool(0.05 < k < 0.95)
     assert partly > 5

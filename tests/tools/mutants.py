@@ -150,6 +150,8 @@ MUTANTS = {
     "mended too widely": ("for c in compositions], side), 3, stride=1, padding=1)[:, 0]", "for c in compositions], side), 5, stride=1, padding=2)[:, 0]"),
     "wing not tinted": ("tint * cover * (mean_code(horse, back)", "0 * cover * (mean_code(horse, back)"),
     "tint by all of the horse": ("back = chosen_blocks([c.back for c in compositions], side)", "back = torch.ones_like(chosen)"),
+    "tint of the wing's edge too strong": ("tint * cover * (mean", "tint * (mean"),
+    "tint by the mean of covered and bare cells": ("mean_code(bird, chosen * cover)", "mean_code(bird, chosen)"),
     "tint by the mean of all cells": ("mean_code(bird, chosen * cover)", "mean_code(bird, torch.ones_like(cover))"),
     "slider does not mend": ("if self.prior and composition.mend:", "if False:"),
     "prior trained on all pictures": ("cfg.max_images or len(part)", "len(part)"),
