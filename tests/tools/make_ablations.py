@@ -2,8 +2,8 @@
 
 python tests/tools/make_ablations.py --data-dir DIR [--checkpoint-dir RUNS]
 
-writes checkpoints/ablations.csv and checkpoints/ablations.png, which the notebook shows. A stopped run goes on when the
-command is given again. Columns: numbers is the length of the code, kl in nats a dimension, nats their product, the rate;
+writes checkpoints/ablations.csv and checkpoints/ablations.png, which the notebook shows, after each training. What was
+stopped goes on when the command is given again. Columns: numbers is the length of the code, kl in nats a dimension, nats their product, the rate;
 spread is the standard deviation of the posterior means over 2,048 test pictures.
 """
 
@@ -75,17 +75,17 @@ def main():
     horse, bird, dark = shipped_pairs(images)
     horses, birds = images["horse"][horse], images["bird"][bird]
     rows, table = {"photographs": torch.cat([horses, birds])}, []
+    title = "Six reconstructions, six pegasi, six draws from the prior (first row: the horses and the birds)"
     for name, change in CHANGES.items():
         run_name = "ablation-" + re.sub(r"\W+", "-", name)
         record, rows[name] = measure(cfg.model_copy(update=change | {"run_name": run_name}), horses, birds, dark, test)
         table.append({"change": name} | record)
         print(table[-1], flush=True)
-    with open(SHIPPED / "ablations.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-    title = "Six reconstructions, six pegasi, six draws from the prior (first row: the horses and the birds)"
-    pv.show_rows(SHIPPED / "ablations.png", rows, title, title)
+        with open(SHIPPED / "ablations.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
+        pv.show_rows(SHIPPED / "ablations.png", rows, title, title)
 
 
 if __name__ == "__main__":
