@@ -2289,7 +2289,7 @@ if __name__ == "__main__":
 # Two seeds of the recipe differ by 0.06 dB. Change the *layout* first: the same 512 numbers, 8 in each of 8x8 cells or
 # 2 in each of 16x16, gain 3.5 and 4.5 dB with a sixteenth and less of the parameters (*Beyond the paper*). They also
 # say more, 316 and 510 nats instead of 185, so part of the gain is rate. The true ELBO ($\beta = 1$) says less, 79 nats,
-# and loses half a decibel. The tool makes five more rows.
+# and loses half a decibel. The tool makes six more rows.
 #
 # > **Paper.** More blocks may improve the reconstructions. At this budget a second block a stage, with the identity on
 # > its shortcut, lost 0.6 dB; longer training may turn that round (exercise 4).
