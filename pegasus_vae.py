@@ -1421,8 +1421,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # Look for the outline, the pose, and the colours of animal and ground: in most these survive. Thin legs, eyes and
 # feathers do not, and neither does a horse that is seen from an unusual side. The error is smallest for the average of
-# all pictures that fit the code, and the average of many sharp legs is one soft leg. *Another* horse would mean that
-# the code is too weak.
+# all pictures that fit the code, and the average of many sharp legs is one soft leg. *Another* horse: too weak a code.
 #
 # ### Draws from the prior
 #
@@ -2639,8 +2638,9 @@ if __name__ == "__main__":
 # | picked horses, drawn on the grid | 63, 64 | 0, 0 | 0, 0 | 42, 43 | 0, 0 |
 #
 # They agree on 58 winged and 48 believable ones, and saw no wings in the last row. The same horses recur in all
-# batches, so no judge was wholly blind. Judges of the two rounds before believed in 33 and 30, then in 37 and 40. Part
-# of the gain may be mildness: of the 45 left alone since, these believed in 43 and 40, those before in 37 and 39.
+# batches, so no judge was wholly blind. Before there was a tint, judges believed in 34 and 25; with it, and 34 other
+# wings, in 33 and 30: no gain. After the two exchanges it was 37 and 40, then 52 and 48. Part of that may be mildness:
+# of the 45 left alone in the second, the last judges believed in 43 and 40, those before in 37 and 39.
 #
 # ### What is generated, and what is copied
 #

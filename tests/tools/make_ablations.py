@@ -3,8 +3,8 @@
 python tests/tools/make_ablations.py --data-dir DIR [--checkpoint-dir RUNS]
 
 writes checkpoints/ablations.csv and checkpoints/ablations.png, which the notebook shows, after each training. What was
-stopped goes on when the command is given again. Columns: numbers is the length of the code, kl in nats a dimension, nats their product, the rate;
-spread is the standard deviation of the posterior means over 2,048 test pictures.
+stopped goes on when the command is given again. Columns: numbers is the length of the code, kl in nats a dimension,
+nats their product, the rate; spread is the standard deviation of the posterior means over 2,048 test pictures.
 """
 
 import csv
