@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 CLASSES = "airplane bird car cat deer dog horse monkey ship truck".split()
 sys.path.insert(0, str(ROOT))
 matplotlib.use("Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that share cores wait for each other's threads, busily
 
 
 def draw_picture(kind, rng):
