@@ -181,12 +181,11 @@ def who_catches(text, folder):
     ignored = shutil.ignore_patterns(".git", "outputs", "data", "runs", "__pycache__", "*.safetensors")
     shutil.copytree(ROOT, folder, ignore=ignored)
     (folder / "pegasus_vae.py").write_text(text)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    run = {"cwd": folder, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    if subprocess.run([sys.executable, "-m", "pytest", *UNIT_TESTS], **run).returncode:
+    run = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    if subprocess.run([sys.executable, "-m", "pytest", "-n", "0", *UNIT_TESTS], **run).returncode:
         return "unit tests"
     subprocess.run([sys.executable, "-m", "jupytext", "--to", "notebook", "pegasus_vae.py"], check=True, **run)
-    smoke = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "pegasus_vae.ipynb"]
+    smoke = [sys.executable, "-m", "pytest", "-n", "0", "-p", "tests.conftest", "pegasus_vae.ipynb"]
     return "notebook" if subprocess.run(smoke, **run).returncode else None
 
 
