@@ -54,8 +54,8 @@ def test_it_ends_with_64_different_pegasi_of_each_kind(demo, name):
 @pytest.mark.parametrize(
     "name",
     "architecture curves reconstructions prior horses birds flip interpolation pegasus pegasus_rescaled best best_family "
-    "sweep nearest reach spatial_reconstructions spatial_prior pegasus_spatial pegasus_composed best_composed "
-    "composed_best composed_nearest title flow_draws flow_classes flow_nearest mending pegasus_mended "
+    "sweep reach spatial_reconstructions spatial_prior pegasus_spatial pegasus_composed best_composed "
+    "composed_best title flow_draws flow_classes mending pegasus_mended "
     "pegasus_machine".split(),
 )
 def test_the_figures_are_there_and_not_blank(demo, name):
@@ -82,6 +82,7 @@ def test_it_says_what_it_used_and_where_the_pictures_went(demo):
     outputs, printed = demo
     assert "mode demo" in printed and "shipped picks: 64 horses, 64 birds" in printed
     assert "64 of 64 are shipped compositions" in printed, "all of them fit the shipped candidates"
+    assert printed.count("no photographs here to compare with") == 3
     assert str(outputs / "pegasus.png") in printed and str(outputs / "pegasus_composed.png") in printed
 
 

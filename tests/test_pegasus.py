@@ -164,11 +164,12 @@ def test_nearest_gives_the_index_and_the_rms_distance_of_the_one_that_is_nearest
     assert index.tolist() == [2, 3] and distance.tolist() == pytest.approx([0.1, 0.01], abs=1e-5)
 
 
-def test_nearest_looks_through_the_whole_of_a_large_pool_of_bytes(pv):
+def test_nearest_looks_through_the_whole_of_a_large_pool_of_bytes_and_finds_mirror_images(pv):
     torch.manual_seed(0)
     pool = torch.randint(256, (2050, 3, 8, 8), dtype=torch.uint8)
-    index, distance = pv.nearest(pool[[7, 2049, 2047]], pool)
-    assert index.tolist() == [7, 2049, 2047] and distance.tolist() == pytest.approx([0, 0, 0], abs=1e-3)
+    for queries in (pool[[7, 2049, 2047]], pool[[7, 2049, 2047]].flip(3)):
+        index, distance = pv.nearest(queries, pool)
+        assert index.tolist() == [7, 2049, 2047] and distance.tolist() == pytest.approx([0, 0, 0], abs=1e-3)
 
 
 def test_a_gaussian_has_the_mean_and_the_covariance_of_the_codes_it_is_fitted_to(pv):

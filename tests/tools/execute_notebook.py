@@ -35,6 +35,7 @@ def main():
         kernel_name="python3",
         resources={"metadata": {"path": str(ROOT)}},
         store_widget_state=False,
+        coalesce_streams=True,
         record_timing=False,
     )
     client.execute()

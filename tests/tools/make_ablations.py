@@ -86,7 +86,7 @@ def main():
             writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
             writer.writeheader()
             writer.writerows(table)
-        pv.show_rows(SHIPPED / "ablations.png", rows, title, title)
+        pv.show_rows(SHIPPED / "ablations.png", rows, title, title, ["copy"] * 4 + ["pegasus"] * 4 + ["draw"] * 4)
 
 
 if __name__ == "__main__":

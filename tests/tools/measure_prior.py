@@ -163,8 +163,8 @@ def draw_all(prior, class_codes, seed):
 
 def print_nearest(what, images, codes, training_images, training_codes):
     """Print how near images and their standardised codes come to training pictures or their mirror images."""
-    pixels = torch.minimum(*(pv.nearest(x, training_images)[1] for x in (images, images.flip(3))))
-    for of, distance in (("pixels", pixels), ("codes", pv.nearest(codes, training_codes)[1])):
+    of_codes = torch.cdist(codes, training_codes).amin(dim=1) / codes.shape[1] ** 0.5
+    for of, distance in (("pixels", pv.nearest(images, training_images)[1]), ("codes", of_codes)):
         print(f"{what}, nearest of training by {of}: {distance.min():.3f} at the least, median {distance.median():.3f}")
 
 

@@ -160,6 +160,7 @@ MUTANTS = {
     "evidence for the bird ignored": ("in (light, wing, horse))", "in (light, horse))"),
     "evidence for the horse ignored": ("in (light, wing, horse))", "in (light, wing))"),
     "wings on legs": ('(*cells[:4], *["." * 8] * 4)', "cells"),
+    "mirror images are not compared with": ("for x in (part, part.flip(3)))", "for x in (part, part))"),
     "Euler for midpoint": ("velocity(prior, half, middle, label, guidance)", "velocity(prior, z_t, t, label, guidance)"),
 }  # fmt: skip
 
