@@ -731,42 +731,66 @@ def test_there_is_evidence_where_the_class_explains_the_code_and_against_it_wher
 
 
 @pytest.fixture
-def arrange(pv, trained):
-    """arrange(**words): a search for wings for three horses among four birds, its codes and compositions."""
-    cfg, vae, prior, _ = trained
-    images = pv.load_images(cfg, "test", "bird")
-    horse_mu = pv.encode_mean(vae, pv.load_images(cfg, "test", "horse")[:3])
-    return lambda **words: (horse_mu, images, *pv.search(vae, prior, horse_mu, images, [0, 2, 5, 7], **words))
+def horse_mu(pv, trained):
+    """Codes of three horses."""
+    return pv.encode_mean(trained[1], pv.load_images(trained[0], "test", "horse")[:3])
 
 
-def test_a_search_returns_the_codes_of_the_compositions_that_it_found(pv, trained, arrange):
-    horse_mu, images, z, found = arrange(tries=3)
-    assert torch.equal(z, pv.compose(trained[1], horse_mu, images[[c.bird for c in found]], found))
-    assert {c.bird for c in found} <= {0, 2, 5, 7} and all(c.cells[4:] == ("." * 8,) * 4 for c in found)
-    assert not (z == horse_mu).all(dim=1).any(), "each horse has got something"
+@pytest.fixture
+def birds(pv, trained):
+    return pv.load_images(trained[0], "test", "bird")
 
 
-def test_the_seed_decides_what_chance_proposes(arrange):
-    first, again, other = (arrange(tries=2, seed=seed)[3] for seed in (4, 4, 5))
-    assert first == again != other
+@pytest.fixture
+def made(pv):
+    """How three horses got their wings."""
+    return [pv.Composition(bird=bird, cells=("." * 8, "..####..", *["." * 8] * 6)) for bird in (0, 2, 5)]
 
 
-@pytest.mark.parametrize("class_name", ["bird", "horse"])
-def test_of_two_proposals_the_one_with_more_evidence_for_either_class_wins(pv, arrange, monkeypatch, class_name):
+def test_a_search_returns_the_codes_of_the_compositions_that_it_found(pv, trained, horse_mu, birds, made):
+    z, found = pv.search(trained[1], trained[2], horse_mu, birds, made)
+    assert torch.equal(z, pv.compose(trained[1], horse_mu, birds[[c.bird for c in found]], found))
+    assert all(composition in made and composition != own for composition, own in zip(found, made))
+
+
+@pytest.mark.parametrize("what", ["bird", "horse", "light"])
+def test_of_two_proposals_the_one_with_more_evidence_or_light_wins(
+    pv, trained, horse_mu, birds, made, monkeypatch, what
+):
     def found_by(wanted):
-        """What is found if only the first (0) or second (1) proposals show the class at all."""
+        """What is found if only the first (0) or second (1) proposals show what counts; all else differs by horse."""
+
+        def shown(z, name):
+            index = torch.arange(len(z))  # two proposals for each of three horses
+            return (index // 3 == wanted).float() if name == what else index % 3.0
 
         def evidence(prior, z, names):
-            index = torch.arange(len(z))  # two proposals for each of three horses
-            shown = [(index // 3 == wanted).float() if name == class_name else index % 3.0 for name in names]
-            return torch.stack(shown)[:, :, None, None].expand(-1, -1, 8, 8)
+            return torch.stack([shown(z, name) for name in names])[:, :, None, None].expand(-1, -1, 8, 8)
+
+        def drawn(vae, z):
+            light = shown(z, "light") if len(z) == 6 else torch.zeros(3)
+            return light[:, None, None, None].expand(-1, 3, 8, 8)
 
         monkeypatch.setattr(pv, "class_evidence", evidence)
-        drawn = lambda vae, z: torch.arange(len(z))[:, None, None, None] % 3.0 * len(z) * torch.ones(3, 8, 8)  # noqa: E731
         monkeypatch.setattr(pv, "decode_images", drawn)
-        return arrange(tries=2)[3]
+        return pv.search(trained[1], trained[2], horse_mu, birds, made)[1]
 
-    assert all(one != other for one, other in zip(found_by(0), found_by(1)))
+    assert found_by(0) == [made[1], made[2], made[0]]
+    assert found_by(1) == [made[2], made[0], made[1]]
+
+
+def test_each_horse_tries_the_wings_of_the_twelve_that_follow_it(pv, trained, birds, monkeypatch):
+    class Seen(Exception):
+        """Raised in place of composing."""
+
+    def compose(vae, horse_mu, images, compositions):
+        raise Seen([composition.bird for composition in compositions])
+
+    monkeypatch.setattr(pv, "compose", compose)
+    with pytest.raises(Seen) as seen:
+        pv.search(None, None, torch.zeros(15, 4), birds, [pv.Composition(bird=bird) for bird in range(15)])
+    tried = torch.tensor(seen.value.args[0]).view(12, 15)
+    assert all(tried[:, horse].tolist() == [(horse + shift) % 15 for shift in range(1, 13)] for horse in range(15))
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.1])
