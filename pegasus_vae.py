@@ -18,6 +18,7 @@
 # *Using variational autoencoders as generative models*, a short paper, built, trained, measured, and taken further
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
+# The picture of the first page
 from pathlib import Path
 
 from IPython import get_ipython
@@ -82,6 +83,7 @@ if __name__ == "__main__" and get_ipython() and Path("checkpoints/title.png").ex
 # the setting. Under `torchrun`, which starts several processes, each gets its own GPU, and process 0 prints for all.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
+# What is imported
 import csv
 import hashlib
 import html
@@ -2680,6 +2682,7 @@ if __name__ == "__main__":
 # The last folded cell puts together the picture of the first page.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
+# The picture of the first page is put together
 if __name__ == "__main__":
     batches = [make_grid(images, nrow=8, padding=2, pad_value=1) for images in (pegasi, composed)]
     height = batches[0].shape[1]
