@@ -2676,9 +2676,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # Where the wing is, 7 % of all pixels, a composed pegasus is far from the drawn horse (rms 0.374) and nearest to what
 # pasting would give (0.151); elsewhere it is the drawn horse (0.03). So it is nearly a collage; part of the 0.151 are
-# the tint and the soft border, which pasting has not. The nearest photographs are birds, a dumb-bell, a dog. The
-# paper's method is the opposite: it mixes everything everywhere, leaves the place to chance, and got no winged horse in
-# 64.
+# the tint and the soft border, which pasting has not. Nearest are photographs of birds, of a dog. The paper's method is
+# the opposite: it mixes everything everywhere, leaves the place to chance, and got no winged horse in 64.
 #
 # What would it take to learn the rest? A *conditional subspace* VAE [4] reserves a few latent dimensions for a labelled
 # feature and makes all others independent of it. With the label *wings*, and on a grid, those could say in which cells
