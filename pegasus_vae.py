@@ -52,7 +52,7 @@ if __name__ == "__main__" and get_ipython() and Path("checkpoints/title.png").ex
 # 8. [A prior that knows pictures](#A-prior-that-knows-pictures): flow matching, draws, wings mended and chosen by it
 # 9. [Limits](#Limits), claims, exercises, references
 #
-# **Half an hour?** Run all cells first (menu *Run*; a minute). Then read [Autoencoders](#Autoencoders) (1 minute),
+# **Half an hour?** Run all cells first (menu *Run*; a minute or two). Then read [Autoencoders](#Autoencoders) (1 min),
 # [Variational autoencoders](#Variational-autoencoders) (6), the figure in [The whole, and its
 # picture](#The-whole,-and-its-picture) (2), [The loss](#The-loss) (4), [A step of learning](#A-step-of-learning) (2),
 # [Draws from the prior](#Draws-from-the-prior) (3). Exchange a pair for one of your own in [Picking horses and
