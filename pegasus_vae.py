@@ -2631,7 +2631,7 @@ if __name__ == "__main__":
 # Pale horses with a wing on the back. Where it fails, the wing is a see-through strip, fades out at its root, or sits
 # on the rump. These twelve are chosen from the 48 that both judges believed in.
 #
-# How many read as winged horses? Two judges saw the table's last three batches and two of the next chapter, mixed and
+# How many read as winged horses? Two judges saw the table's last three batches and two more, mixed and
 # four times enlarged, and answered five questions about each picture, in doubt no; two others saw the paper's beside
 # the control. *Horse*: at a glance, a horse-like animal with body, legs, neck and head. *Wing*: at least one shape
 # reads as a wing. *Winged*: both, and the wing grows from back or shoulder. *White*: mostly white or very pale.
