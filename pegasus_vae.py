@@ -2918,7 +2918,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # A network that says 0 has the loss 2, the variances of noise and codes together; since lines cross, none reaches 0.
-# Held-out codes have the smaller loss since all come with a class, and the averaged weights predict them.
+# Held-out codes probably have the smaller loss since all come with a class, and the averaged weights predict them.
 #
 # ### Draws
 #

@@ -11,7 +11,7 @@ from tools.export_page import make_page, to_label
 PRINTABLE = round((210 - 2 * 15) / 25.4 * 96)  # CSS pixels between the margins of A4
 WIDGET = "application/vnd.jupyter.widget"
 CUT = """() => [...document.querySelectorAll("main *")].filter(e =>
-    e.clientWidth && e.scrollWidth > e.clientWidth || e.getBoundingClientRect().right > innerWidth + 6  // a space at the end of a line may hang over
+    e.clientWidth && e.scrollWidth > e.clientWidth || e.getBoundingClientRect().right > innerWidth
 ).map(e => e.outerHTML.slice(0, 200))"""
 
 

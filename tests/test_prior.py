@@ -779,7 +779,7 @@ def test_of_two_proposals_the_one_with_more_evidence_or_light_wins(
     assert found_by(1) == [made[2], made[0], made[1]]
 
 
-def test_each_horse_tries_the_wings_of_the_twelve_that_follow_it(pv, trained, birds, monkeypatch):
+def test_each_horse_tries_the_wings_of_the_twelve_that_follow_it(pv, birds, monkeypatch):
     class Seen(Exception):
         """Raised in place of composing."""
 

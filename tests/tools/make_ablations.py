@@ -34,11 +34,8 @@ CHANGES = {
     "grid 8x8x8": {"latent_size": 8},
     "grid 16x16x2": {"latent_size": 16},
     "grid 16x16x4": {"latent_size": 16, "latent_dim": 1024},
-    "grid 16x16x4, KL weight 0.1": {
-        "latent_size": 16,
-        "latent_dim": 1024,
-        "kl_weight": 0.1,
-    },  # nearer the recipe's rate
+    # nearer the recipe's rate
+    "grid 16x16x4, KL weight 0.1": {"latent_size": 16, "latent_dim": 1024, "kl_weight": 0.1},
 }
 
 
