@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.mutants import MUTANTS, ROOT, UNIT_TESTS, plant
+from tools.mutants import FAULTS, MUTANTS, PARTS, ROOT, plant, unit_tests
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -14,4 +14,12 @@ def test_a_fault_fits_one_place_changes_it_and_compiles(name):
 
 
 def test_the_files_that_are_to_catch_them_are_there():
-    assert [file for file in UNIT_TESTS if not (ROOT / file).exists()] == []
+    assert [file for file in unit_tests() if not (ROOT / file).exists()] == []
+
+
+def test_no_two_faults_have_one_name_and_the_tests_of_the_faulty_part_come_first():
+    assert len(MUTANTS) == sum(map(len, FAULTS.values()))
+    for part, faults in FAULTS.items():
+        for name in faults:
+            first, *others = unit_tests(name)
+            assert first == f"tests/test_{part}.py" and len(others) == len(PARTS) - 1
