@@ -129,9 +129,9 @@ def test_the_keyboard_reaches_every_control_with_a_visible_focus_and_space_picks
         until(lambda: page.evaluate(name) == following, f"Tab leads to {following}")  # noqa: B023
         until(lambda: page.evaluate(visible), f"one can see that {following} has the focus")
     before = third in ticked(horses)
-    page.keyboard.press("Space")
+    box(horses, third).press("Space")
     until(lambda: (third in picks()["horse"]) is not before, "Space picks")
-    page.keyboard.press("Space")
+    box(horses, third).press("Space")
     until(lambda: (third in picks()["horse"]) is before, "Space unpicks")
     until(lambda: (third in ticked(horses)) is before, "and the box follows")
 
@@ -303,11 +303,9 @@ def test_sliders_boxes_and_the_bird_change_the_composition_by_keyboard_too(noteb
         return composer.locator(".widget-hslider").filter(has=page.get_by_text(name, exact=True))
 
     cell = composer.get_by_role("checkbox", name="row 3, column 2", exact=True)
-    cell.focus()
-    until(lambda: cell.evaluate(focus), "the block has the focus")
-    page.keyboard.press("Space")
+    cell.press("Space")
     until(lambda: composition()["cells"][2][1] == "#", "Space takes a block")
-    page.keyboard.press("Tab")
+    cell.press("Tab")
     following = composer.get_by_role("checkbox", name="row 3, column 3", exact=True)
     until(lambda: following.evaluate(focus), "the next block has the focus")
     outline = "e => getComputedStyle(e.closest('.widget-checkbox')).outlineStyle"
@@ -316,11 +314,8 @@ def test_sliders_boxes_and_the_bird_change_the_composition_by_keyboard_too(noteb
     # a number typed beside a slider; the arrow keys would do in JupyterLab, but Notebook 7 takes them for its own
     for name, value in (("right", 1.25), ("turn", 30)):
         bird, number = shown(composer, "bird"), slider(name).locator(".widget-readout")
-        number.click()
-        until(lambda: number.evaluate(focus), "the number has the focus")  # noqa: B023
-        page.keyboard.press("Control+A")
-        page.keyboard.type(str(value))
-        page.keyboard.press("Enter")
+        number.fill(str(value))
+        number.press("Enter")
         until(lambda: composition()[name] == value, "the number is saved")  # noqa: B023
         until(lambda: shown(composer, "bird") != bird, "the bird is moved or turned")  # noqa: B023
 

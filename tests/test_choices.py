@@ -507,9 +507,12 @@ def test_shipped_choices_of_other_data_are_not_used(picks, open_picks, path, shi
     assert state(other) == NOTHING and other.origin == "none" and other.notes == []
 
 
-def test_a_damaged_shipped_file_is_not_used_and_left_alone(open_picks, shipped):
+def test_a_damaged_shipped_file_is_not_used_left_alone_and_reported(open_picks, shipped):
+    assert open_picks().notes == []  # none is there
     shipped.write_text("{")
-    assert state(open_picks()) == NOTHING and open_picks().origin == "none"
+    picks = open_picks()
+    assert state(picks) == NOTHING and picks.origin == "none"
+    assert [note for note in picks.notes if str(shipped) in note and "damaged" in note] == picks.notes != []
     assert shipped.read_text() == "{"
 
 
