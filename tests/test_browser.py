@@ -312,12 +312,13 @@ def test_sliders_boxes_and_the_bird_change_the_composition_by_keyboard_too(noteb
     until(lambda: following.evaluate(outline) == "dashed", "and one can see it")
 
     # a number typed beside a slider; the arrow keys would do in JupyterLab, but Notebook 7 takes them for its own
-    for name, value in (("right", 1.25), ("turn", 30)):
+    for name, value in (("mend", 0.5), ("right", 1.25), ("turn", 30)):
         bird, number = shown(composer, "bird"), slider(name).locator(".widget-readout")
         number.fill(str(value))
         number.press("Enter")
         until(lambda: composition()[name] == value, "the number is saved")  # noqa: B023
-        until(lambda: shown(composer, "bird") != bird, "the bird is moved or turned")  # noqa: B023
+        if name != "mend":  # of that the placed bird shows nothing
+            until(lambda: shown(composer, "bird") != bird, "the bird is moved or turned")  # noqa: B023
 
     before, bird = composition()["down"], shown(composer, "bird")
     bar = slider("down").locator(".noUi-target")
