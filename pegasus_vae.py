@@ -3008,8 +3008,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # Without guidance, a ground, a sky, and something dark between; guidance pulls horses with legs out of that, some with
 # a head. Airplanes, cars and ships can be named, birds now and then, and draws of one class grow alike. After the first
-# three of eight epochs, two judges called 4 and 4 of 64 such horses horses, and none of the rungs below; these were not
-# judged yet. The prior is small: it learned for 190 minutes of one core in all.
+# three of eight epochs, two judges called 4 and 4 of 64 such horses horses, and none of the first two rows' kind; these
+# were not judged yet. The prior is small: it learned for 190 minutes of one core in all.
 #
 # ### Mending
 #
