@@ -1,6 +1,7 @@
 """A real JupyterLab, which also serves Notebook 7, and a real Chromium, for the tests of the pickers.
 
 python tests/browser.py     prints how fast the pickers are: first page, page flip, click to file, click to pegasus
+                            (with the tests' small networks, so that the widgets count and not the models)
 BROWSER_SLOWDOWN=4          makes every page as slow as on a processor of a quarter of the speed
 """
 
