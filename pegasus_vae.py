@@ -3006,10 +3006,10 @@ if __name__ == "__main__":
     show_rows(cfg.output_dir / "flow_classes.png", rows, "Three draws of each class, g = 4", alt, prior.classes)
 
 # %% [markdown]
-# Without guidance, a ground, a sky, and something dark between; guidance pulls horses with legs out of that, some with
-# a head. Airplanes, cars and ships can be named, birds now and then, and draws of one class grow alike. After the first
-# three of eight epochs, two judges called 4 and 4 of 64 such horses horses, and none of the first two rows' kind; these
-# were not judged yet. The prior is small: it learned for 190 minutes of one core in all.
+# Without guidance, a ground, a sky, and something dark between; guidance pulls brown bodies on legs out of that, some
+# with a head. Airplanes, cars and ships can be named, birds now and then, and draws of one class grow alike. A judge
+# called 1 of 64 such draws a horse, 2 at $g = 7$: heads are missing, backs have humps, animals run into each other. Nor
+# had 4 and 4 after three of the eight epochs been many. The prior is small: it learned for 190 minutes of one core.
 #
 # ### Mending
 #
