@@ -6,6 +6,7 @@ The settings are environment variables because the notebook runs in a kernel of 
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parents[1]
+TIMES = ("seconds", "images_per_second")  # of a record of a history
 CLASSES = "airplane bird car cat deer dog horse monkey ship truck".split()
 sys.path.insert(0, str(ROOT))
 matplotlib.use("Agg")
@@ -107,3 +109,21 @@ def image_folder(tmp_path):
             kind = folder.split("/")[-1]
             draw_picture(kind, rng).save(tmp_path / "photos" / folder / f"{i:03d}.png")
     return tmp_path / "photos"
+
+
+def timeless(history):
+    """A history without what no two runs have in common."""
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in history]
+
+
+class Crash(Exception):
+    """What stops a run that nobody stopped."""
+
+
+def crash(*_):
+    raise Crash
+
+
+def press_stop(*_):
+    """What the stop button does."""
+    signal.raise_signal(signal.SIGINT)

@@ -134,6 +134,19 @@ def test_unlabeled_pictures_of_a_folder_have_no_class(pv, folder_cfg):
         pv.load_images(folder_cfg, "train+unlabeled", "unlabeled")
 
 
+def test_the_class_is_the_folder_below_the_split_however_deep_a_picture_lies(pv, folder_cfg, image_folder):
+    for place in ("train/horse/brown", "unlabeled/first", "train"):
+        (image_folder / place).mkdir(exist_ok=True)
+        shutil.copy(image_folder / "test/bird/000.png", image_folder / place / "900.png")
+    _, labels, classes = pv.load_split(folder_cfg, "train+unlabeled")
+    assert classes == ["", "bird", "horse"] and labels.bincount().tolist() == [6 + 2, 6, 6 + 1]
+
+
+def test_a_link_that_leads_nowhere_is_passed_over(pv, folder_cfg, image_folder):
+    (image_folder / "test/bird/900.png").symlink_to(image_folder / "gone.png")
+    assert len(pv.load_images(folder_cfg, "test", "bird")) == 5
+
+
 def test_a_folder_without_unlabeled_pictures_will_do(pv, folder_cfg, image_folder):
     shutil.rmtree(image_folder / "unlabeled")
     assert len(pv.load_images(folder_cfg, "train+unlabeled")) == 12
@@ -255,6 +268,7 @@ def test_the_images_are_mapped_from_the_cache_and_not_read(pv, stl10_cfg):
 
 
 def test_a_change_to_the_images_in_memory_does_not_reach_the_cache(pv, stl10_cfg, drawn):
+    pv.load_images(stl10_cfg, "test")  # makes the cache, which the next one maps
     pv.load_images(stl10_cfg, "test").zero_()
     assert torch.equal(pv.load_images(stl10_cfg, "test"), as_tensor(drawn["test"]))
 
@@ -333,6 +347,7 @@ def test_a_changed_source_picture_makes_a_new_cache_in_place_of_the_old(pv, fold
 
 
 def test_images_that_are_in_use_stay_as_they_are_when_the_cache_is_made_again(pv, folder_cfg, image_folder):
+    pv.load_images(folder_cfg, "test")  # makes the cache, which the next one maps
     in_use = pv.load_images(folder_cfg, "test")
     before = in_use.clone()
     (image_folder / "test/bird/000.png").unlink()

@@ -71,8 +71,9 @@ def test_a_cell_of_the_grid_is_drawn_in_its_place(pv, cfg):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"image_size": 96, "latent_size": 8}, "latent_size 8 is not image_size 96 halved a few times"),
-        ({"image_size": 64, "latent_size": 64}, "latent_size 64 is not image_size 64 halved"),
+        ({"image_size": 96, "latent_size": 8}, "latent_size 8 is not even, or not image_size 96 halved a few times"),
+        ({"image_size": 64, "latent_size": 64}, "latent_size 64 is not even, or not image_size 64 halved"),
+        ({"image_size": 48, "latent_size": 3, "latent_dim": 18}, "latent_size 3 is not even"),
         ({"image_size": 64, "latent_size": 8, "latent_dim": 500}, "latent_dim 500 cannot be spread over 8x8"),
     ],
 )
@@ -83,7 +84,12 @@ def test_a_grid_that_does_not_fit_is_refused(pv, cfg, change, message):
 
 @pytest.mark.parametrize(
     "settings, side, numbers",
-    [({}, 16, 1024), ({"image_size": 32, "latent_dim": 16}, 8, 64), ({"image_size": 96, "latent_dim": 700}, 24, 1152)],
+    [
+        ({}, 16, 1024),
+        ({"latent_dim": 200}, 16, 256),
+        ({"image_size": 32, "latent_dim": 16}, 8, 64),
+        ({"image_size": 96, "latent_dim": 700}, 24, 1152),
+    ],
 )
 def test_the_grid_has_a_cell_for_4x4_pixels_and_twice_as_many_numbers_if_they_can_be_spread(
     pv, cfg, settings, side, numbers
@@ -326,6 +332,8 @@ def test_losses_are_taken_in_full_precision_where_the_network_is_not(pv, cfg, mo
     loss = pv.batch_loss(vae, x, cfg)
     loss.total.backward()
     assert all(part.dtype == torch.float32 for part in loss)
+    logits, mu = (3 * torch.randn(x.shape)).bfloat16(), torch.zeros(4, 2)
+    assert pv.vae_loss(logits, x, mu, mu).bce == pv.vae_loss(logits.float(), x, mu, mu).bce
     assert all(parameter.grad.dtype == torch.float32 for parameter in vae.parameters())
 
 

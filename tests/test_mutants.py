@@ -1,4 +1,6 @@
-"""The faults that tests/tools/mutants.py plants: each still fits the text."""
+"""What is run by hand still fits the notebook: the faults that tests/tools/mutants.py plants, and the names used by all."""
+
+import re
 
 import pytest
 
@@ -23,3 +25,9 @@ def test_no_two_faults_have_one_name_and_the_tests_of_the_faulty_part_come_first
         for name in faults:
             first, *others = unit_tests(name)
             assert first == f"tests/test_{part}.py" and len(others) == len(PARTS) - 1
+
+
+@pytest.mark.parametrize("tool", [*(ROOT / "tests" / "tools").glob("*.py")], ids=lambda tool: tool.stem)
+def test_a_tool_uses_only_what_the_notebook_defines(pv, tool):
+    names = set(re.findall(r"\bpv\.(\w+)", tool.read_text()))
+    assert sorted(name for name in names if not hasattr(pv, name)) == []

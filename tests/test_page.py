@@ -20,11 +20,12 @@ def notebook():
     """The committed notebook, two more cells hidden, one line of code far too long, a saved widget."""
     notebook = nbformat.read(ROOT / "pegasus_vae.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    drawn = next(cell for cell in code if cell.outputs and "data" in cell.outputs[0])
+    shown = [cell for cell in code if not cell.metadata.get("jupyter")]
+    drawn = next(cell for cell in shown if cell.outputs and "data" in cell.outputs[0])
     drawn.outputs[0].data[f"{WIDGET}-view+json"] = {"model_id": "0"}
     notebook.metadata["widgets"] = {f"{WIDGET}-state+json": {"state": {"0": {}}}}
     drawn.metadata["jupyter"] = {"source_hidden": True}
-    silent = next(cell for cell in code if not cell.outputs)
+    silent = next(cell for cell in shown if not cell.outputs)
     silent.metadata["tags"] = ["hide-input"]
     silent.source += "\n# " + 300 * "x"
     return notebook

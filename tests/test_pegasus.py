@@ -172,21 +172,54 @@ def test_nearest_looks_through_the_whole_of_a_large_pool_of_bytes_and_finds_mirr
         assert index.tolist() == [7, 2049, 2047] and distance.tolist() == pytest.approx([0, 0, 0], abs=1e-3)
 
 
-def test_a_gaussian_has_the_mean_and_the_covariance_of_the_codes_it_is_fitted_to(pv):
-    torch.manual_seed(0)
-    codes = torch.randn(500, 3) @ torch.tensor([[1.0, 0.5, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 0.1]]) + 4
-    gaussian = pv.fit_gaussian(codes)
-    assert torch.allclose(gaussian.mean, codes.mean(dim=0))
-    assert torch.allclose(gaussian.covariance_matrix, codes.T.cov(), atol=2e-3)
-    draws = gaussian.sample((5000,))
-    assert torch.allclose(draws.T.cov(), codes.T.cov(), atol=0.3) and torch.allclose(
-        draws.mean(0), codes.mean(0), atol=0.2
-    )
+@pytest.fixture
+def figures(pv, monkeypatch):
+    """What is drawn instead of shown: a list of (axes, whether it replaces the figure before)."""
+    figures = []
+    monkeypatch.setattr(pv, "show_figure", lambda path, figure, alt, update: figures.append((figure.axes[0], update)))
+    yield figures
+    pv.plt.close("all")
 
 
-def test_fewer_codes_than_dimensions_still_make_a_gaussian(pv):
-    torch.manual_seed(0)
-    assert pv.fit_gaussian(torch.randn(4, 16)).sample((3,)).isfinite().all()
+def colours_in(axes, rows, columns, height, width):
+    """The colours in the middle of the pictures of a figure, (rows, columns, 3), in tenths."""
+    drawn = torch.as_tensor(axes.images[0].get_array())
+    assert drawn.shape == (2 + rows * (height + 2), 2 + columns * (width + 2), 3)
+    middle = drawn[2 + height // 2 :: height + 2, 2 + width // 2 :: width + 2]
+    return (10 * middle).round().int().tolist()
+
+
+def labels_of(ticks):
+    return [tick.get_text() for tick in ticks]
+
+
+def test_rows_of_pictures_stand_upright_and_in_order_beside_their_labels(pv, figures, tmp_path):
+    tenths = torch.arange(9).view(3, 3, 1, 1).expand(-1, -1, 8, 16) / 10  # picture i is (3i, 3i + 1, 3i + 2)
+    rows = {"floats": tenths, "bytes": (255 * tenths[1:2]).round().byte()}
+    pv.show_rows(tmp_path / "rows.png", rows, "A title", "two rows", ["a", "b", "c"], update=True)
+    ((axes, update),) = figures
+    white = [10, 10, 10]
+    assert colours_in(axes, 2, 3, 8, 16) == [[[0, 1, 2], [3, 4, 5], [6, 7, 8]], [[3, 4, 5], white, white]]
+    assert labels_of(axes.get_yticklabels()) == ["floats", "bytes"] and axes.get_yticks()[0] < axes.get_yticks()[1]
+    assert labels_of(axes.get_xticklabels()) == ["a", "b", "c"] and axes.get_title() == "A title" and update
+
+
+def test_the_numbers_at_a_contact_sheet_add_up_to_that_of_the_picture(pv, figures, tmp_path):
+    images = torch.arange(8).view(8, 1, 1, 1).expand(-1, 3, 8, 16) / 10
+    pv.contact_sheet(tmp_path / "sheet.png", images, "A title", "eight pictures", columns=3)
+    ((axes, update),) = figures
+    rows, columns = (labels_of(ticks) for ticks in (axes.get_yticklabels(), axes.get_xticklabels()))
+    numbers = [[int(row.removesuffix(" +")) + int(column) for column in columns] for row in rows]
+    assert numbers == [[0, 1, 2], [3, 4, 5], [6, 7, 8]] and not update
+    assert [[grey[0] for grey in row] for row in colours_in(axes, 3, 3, 8, 16)] == [[0, 1, 2], [3, 4, 5], [6, 7, 10]]
+    pv.contact_sheet(tmp_path / "sheet.png", images[:2], "A title", "two pictures", columns=3)
+    assert labels_of(figures[1][0].get_xticklabels()) == ["0", "1"]
+
+
+def test_a_batch_takes_the_place_of_a_larger_one(pv, tmp_path):
+    for count in (5, 3):
+        pv.save_batch(tmp_path / "batch", torch.rand(count, 3, 8, 8))
+    assert sorted(file.name for file in (tmp_path / "batch").iterdir()) == ["00.png", "01.png", "02.png"]
 
 
 def test_a_decoder_that_swaps_light_and_dark_correlates_by_minus_one_and_a_blind_one_by_one(pv, monkeypatch):
@@ -268,22 +301,6 @@ def grid_vae():
     vae = pv.VAE(pv.Config(latent_size=16, latent_dim=512, base_channels=4))
     vae(torch.rand(16, 3, 64, 64))
     return vae.eval()
-
-
-@pytest.mark.parametrize("latent_dim, expected", [(512, 1024), (128, 256), (200, 256), (16, 256)])
-def test_the_grid_has_twice_as_many_numbers_as_fit_evenly(pv, cfg, latent_dim, expected):
-    changed = pv.spatial(cfg.model_copy(update={"latent_dim": latent_dim}))
-    assert (changed.latent_size, changed.latent_dim, changed.run_name) == (16, expected, "paper-spatial")
-    assert pv.Config(**changed.model_dump()) == changed, "it passes the checks of Config"
-
-
-@pytest.mark.parametrize("image_size, side", [(32, 8), (64, 16)])
-def test_a_cell_of_the_grid_stands_for_4x4_pixels(pv, cfg, image_size, side):
-    changed = pv.spatial(cfg.model_copy(update={"image_size": image_size, "base_channels": 4}))
-    vae = pv.VAE(changed)
-    logits, mu, _ = vae(torch.zeros(2, 3, image_size, image_size))
-    assert vae.decoder.grid[1:] == (side, side) and mu.shape == (2, changed.latent_dim)
-    assert logits.shape == (2, 3, image_size, image_size)
 
 
 def test_shipped_codes_are_found_by_the_layout_of_the_model(pv, cfg, grid_vae, tmp_path):
@@ -400,6 +417,16 @@ def test_blocks_in_which_no_bird_is_seen_stay_the_horses(pv, grid_vae, horse_mu)
     z = compose_one(pv, grid_vae, horse_mu, bar(8, 16, 24, 24), cells=FULL)
     changed = (z != horse_mu[0].view(2, 16, 16)).all(dim=0).nonzero().tolist()
     assert changed == [[row, column] for row in (4, 5) for column in (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("side", [4, 12, 16, 64])
+def test_cells_hold_the_share_of_them_that_is_chosen(pv, side):
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[2, 5] = mask[3, 6] = True
+    shares = pv.chosen_blocks([mask], side)
+    assert shares.shape == (1, 1, side, side) and shares.mean().item() == pytest.approx(2 / 64)
+    if side % 8 == 0:
+        assert torch.equal(shares[0, 0], mask.float().repeat_interleave(side // 8, 0).repeat_interleave(side // 8, 1))
 
 
 def test_chosen_blocks_are_soft_at_their_border_and_far_ones_stay(pv, grid_vae, horse_mu, confetti):

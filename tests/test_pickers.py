@@ -1,6 +1,7 @@
 """The pickers and the wing composer, without a browser: what a click does, and what is shown."""
 
 import html
+import inspect
 import io
 import itertools
 import json
@@ -424,10 +425,11 @@ VALUES = {
     "mirror": False,
     "dark_winged": True,
     "tint": 1,
+    "good": True,
 }
 
 
-@pytest.mark.parametrize("name, value", (VALUES | {"good": True}).items())
+@pytest.mark.parametrize("name, value", VALUES.items())
 def test_every_field_changes_the_file_and_the_pegasus_and_undo_takes_it_back(
     picks, open_picks, open_composer, name, value
 ):
@@ -447,7 +449,7 @@ def test_mending_waits_for_a_prior_and_then_redraws_the_wing_only(pv, picks, ope
     drawn = composer.pictures["pegasus"].value
     torch.manual_seed(0)
     composer.prior = pv.FlowPrior((2, SIDE, SIDE), ["bird", "horse"], 24, depth=1).eval()
-    composer.attempt(composer.refresh)
+    composer.attempt(composer.go_to, composer.page)
     assert not composer.fields["mend"].disabled and composer.pictures["pegasus"].value == drawn
     composer.fields["mend"].value = 0.5
     assert open_picks().choices.compositions[7].mend == 0.5 and composer.pictures["pegasus"].value != drawn
@@ -515,6 +517,10 @@ def test_two_notebooks_may_change_different_fields_of_one_composition(picks, ope
     click(composer.cells[0, 1])  # on the composer's screen row 1 is still empty
     assert open_picks().choices.compositions == {7: both.model_copy(update={"cells": WING})}
     assert fields(composer)["cells"] == WING, "the click found its block taken already, and the screen follows"
+    composer.buttons["Undo"].click()
+    good = both.model_copy(update={"cells": WING, "good": False})
+    assert open_picks().choices.compositions == {7: good}, "undo takes back the field, and not the other's"
+    composer.fields["good"].value = True
     click(composer.cells[7, 0])
     assert open_picks().choices.compositions[7].cells == (*WING[:7], "#.......")
 
@@ -537,6 +543,22 @@ def test_a_full_disk_is_said_by_the_composer_too(picks, open_picks, open_compose
     click(composer.cells[5, 2])
     assert "NOT saved" not in status(composer)
     assert open_picks().choices.compositions[7].cells == (*WING[:5], ".##.....", *WING[6:])
+
+
+def test_clicks_on_other_pickers_do_not_draw_the_pegasus_again(pv, monkeypatch, picks, open_composer):
+    composer = open_composer(picks)
+    monkeypatch.setattr(pv, "compose", None)
+    picks.change("horse", 3, True)
+    assert composer.trouble is None and fields(composer) == picks.choices.compositions[7].model_dump()
+    picks.change("best", 1, True)
+    composer.fields["turn"].value = 5
+    assert "TypeError" in composer.trouble, "what changes the pegasus does"
+
+
+def test_a_second_run_of_the_notebook_closes_the_pickers_of_the_first(pv, picks, open_composer):
+    old, source = open_composer(picks), inspect.getsource(pv.Controls)
+    exec(source, again := dict(vars(pv)))
+    assert again["Controls"] is not pv.Controls and again["Controls"].latest["composer"] is old
 
 
 def test_an_older_composer_is_closed_and_no_widget_of_it_is_left(pv, picks, open_composer):

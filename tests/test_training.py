@@ -23,8 +23,9 @@ import torch
 import torch._dynamo
 from safetensors.torch import save_file
 
+from conftest import Crash, crash, press_stop, timeless
+
 SETTINGS = {"image_size": 32, "kl_weight": 0.1}  # ten steps in two epochs, less than half a second
-TIMES = ("seconds", "images_per_second")
 
 
 @pytest.fixture
@@ -62,14 +63,6 @@ def assert_same(uninterrupted):
     return assert_same
 
 
-def timeless(history):
-    return [{name: value for name, value in record.items() if name not in TIMES} for record in history]
-
-
-class Crash(Exception):
-    """What stops a run that nobody stopped."""
-
-
 @pytest.fixture
 def at_step(pv, monkeypatch):
     """at_step(n, act): call act(loss) when the loss of the n-th training step from now is computed; what it returns,
@@ -85,15 +78,6 @@ def at_step(pv, monkeypatch):
         monkeypatch.setattr(pv, "vae_loss", vae_loss)
 
     return at_step
-
-
-def press_stop(*_):
-    """What the stop button does."""
-    signal.raise_signal(signal.SIGINT)
-
-
-def crash(*_):
-    raise Crash
 
 
 def test_the_learning_rate_falls_linearly_from_its_first_value_towards_zero(pv):
@@ -346,7 +330,7 @@ def test_two_processes_go_on_where_one_stopped_share_its_batches_and_one_goes_on
 
 def test_the_notebook_trains_under_torchrun_and_goes_on_alone(cfg, run, uninterrupted, team, tmp_path):
     script = Path(__file__).parents[1] / "pegasus_vae.py"
-    until_trained = script.read_text().split("# %% [markdown]\n# ## What it learned")[0]
+    until_trained, _ = script.read_text().split("# %% [markdown]\n# ## What it learned")
     (tmp_path / "part.py").write_text(until_trained + "\nprint('goes on:', RANK, ranks())\n")
     flags = []
     for field in ("output_dir", "checkpoint_dir", "image_size", "kl_weight"):
@@ -358,6 +342,14 @@ def test_the_notebook_trains_under_torchrun_and_goes_on_alone(cfg, run, uninterr
     assert (run / "pegasus_vae.safetensors").exists()
     with open(run / "history.csv") as file:
         assert_close([{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)], uninterrupted[2])
+
+
+def test_a_stopped_training_ends_the_story_with_what_to_do(pv, cfg):
+    pv.check_finished(cfg, [{}, {}])
+    with pytest.raises(pv.ReaderError, match="stopped after 1 of 2 epochs: run this cell again to go on"):
+        pv.check_finished(cfg, [{}])
+    script = (Path(__file__).parents[1] / "pegasus_vae.py").read_text()
+    assert script.count("        check_finished(cfg, ") == 3, "after each of the three trainings"
 
 
 @pytest.mark.parametrize("processes", [3, 20])

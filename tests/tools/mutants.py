@@ -1,4 +1,5 @@
-"""Does the suite bite? Plant one fault at a time in a copy of the project and require that the suite fails.
+"""Does the suite bite? Plant one fault at a time in a copy of the project, and require that the unit tests or else the
+executed notebook fail.
 
 python tests/tools/mutants.py [NAME ...]      prints a table and the count of faults that were caught; exit status 1 if
                                               any was not. As many are tried at a time as there are cores.
@@ -41,14 +42,15 @@ FAULTS = {
         "resize missing": ("ImageOps.fit(picture, (cfg.image_size,) * 2, Image.Resampling.BILINEAR)", "picture.crop((0, 0, cfg.image_size, cfg.image_size))"),
         "camera on its side": ("ImageOps.exif_transpose(picture).convert", "picture.convert"),
         "stale cache trusted": ('if file.metadata()["stamp"] == stamp:', "if True:"),
-        "times of the files ignored": ("state.st_mtime_ns) for file", "0) for file"),
+        "times of the files ignored": ("s.st_mtime_ns) for file", "0) for file"),
+        "cache written over": ('write_atomically(cache, save(content, {"stamp"', 'Path.write_bytes(cache, save(content, {"stamp"'),
         "cache made twice": ('with FileLock(cache.with_suffix(".lock")):  # a second', "if True:  # a second"),
         "archive not checked": ("md5=STL10.tgz_md5", "md5=None"),
         "half-unpacked archive": ("extract_archive(str(archive), unpacked)", "extract_archive(str(archive), str(cfg.data_dir)); return"),
     },
     "training": {
         "learning rate constant": ("return cfg.lr * (1 - epoch / cfg.epochs)", "return cfg.lr"),
-        "learning rate not set": ('group["lr"] = learning_rate(cfg, run.epoch)', "pass"),
+        "learning rate not set": ('optimizer.param_groups[0]["lr"] = learning_rate(cfg, run.epoch)', "pass"),
         "derivatives added up": ("    optimizer.zero_grad()  # or", "    pass  # or"),
         "max_images ignored": ("evenly_spread(images, cfg.max_images or len(images))", "evenly_spread(images, len(images))"),
         "same order in every epoch": ("manual_seed(self.cfg.seed * 10**9 + self.epoch)", "manual_seed(self.cfg.seed)"),
@@ -75,7 +77,7 @@ FAULTS = {
         "unsaved changes dropped": ("[*self.unsaved, *changes], \"your own\"", "list(changes), \"your own\""),
         "unsaved changes lost to the file": ("            for change in self.unsaved:\n                choices.put(*change)\n", ""),
         "undo takes back the oldest": ("self.edit(*self.past.pop(), undoing=True)", "self.edit(*self.past.pop(0), undoing=True)"),
-        "undone entry put last": ("return part, key, values.get(key), place", "return part, key, values.get(key), None"),
+        "undone entry put last": ("return part, key, before, place", "return part, key, values.get(key), None"),
         "changed entry loses its place": ("place = list(values).index(key) if key in values else position", "place = position"),
         "undo does nothing": ("self.edit(*self.past.pop(), undoing=True)", "self.past.pop()"),
         "picks of other data accepted": ("        if choices.data != self.data:", "        if False:"),
@@ -96,12 +98,15 @@ FAULTS = {
         "negative is the bird itself": ("negative = (decode_images(vae, -birds", "negative = (decode_images(vae, birds"),
         "file says what the page shows": ("text = html.escape(text)", "text = text"),
         "callback fails in silence": ('                self.trouble = f"{type(error).__name__}: {error}"\n', "                pass\n"),
-        "old pickers live on": ("            Controls.latest[name].discard()", "            pass"),
+        "old pickers live on": ("            close_widgets(old, *old.cells.values())", "            pass"),
         "looking writes": ("if getattr(self.composition, field) != value:", "if True:"),
         "slider does not mend": ("if self.prior and composition.mend:", "if False:"),
         "page told of a passing value": ("            with widget.hold_sync():\n    ", "            if True:\n    "),
     },
     "pegasus": {
+        "pictures lie on their side": ("axes.imshow(canvas.permute(1, 2, 0)", "axes.imshow(canvas.permute(2, 1, 0)"),
+        "labels of rows turned round": ("for i in range(len(rows))], list(rows))", "for i in range(len(rows))], list(rows)[::-1])"),
+        "numbers of a sheet wrong": ('rows = {f"{columns * row} +"', 'rows = {f"{row} +"'),
         "weights exchanged": ("return horse_weight * horse_mu + (1 - horse_weight)", "return (1 - horse_weight) * horse_mu + horse_weight"),
         "flip not applied": ("sign = 1 - 2 *", "sign = 1 - 0 *"),
         "norm not restored": ("return z * (length / z.norm", "return z * (z.norm(dim=1) / z.norm"),
@@ -127,6 +132,12 @@ FAULTS = {
         "tint by the mean of all cells": ("mean_code(bird, chosen * cover)", "mean_code(bird, torch.ones_like(cover))"),
         "mirror images are not compared with": ("for x in (part, part.flip(3)))", "for x in (part, part))"),
     },
+    "config": {
+        "all processes on one GPU": ('int(os.environ.get("LOCAL_RANK", 0))', "0"),
+        "any GPU under torchrun": ('if "LOCAL_RANK" in os.environ and', "if False and"),
+        "refusals with a traceback": ("def _render_traceback_(self)", "def _render_trace_(self)"),
+        "no look whether one can write": ('    check_writable(cfg.output_dir, "PEGASUS_OUTPUT_DIR")\n', ""),
+    },
     "prior": {
         "velocity towards the noise": ("velocity.float(), z - eps)", "velocity.float(), eps - z)"),
         "time reversed": ("z_t = (1 - t[:, None]) * eps + t[:, None] * z", "z_t = t[:, None] * eps + (1 - t[:, None]) * z"),
@@ -145,6 +156,11 @@ FAULTS = {
         "codes of any length mended": ("if z.shape[1:] != (math.prod(prior.grid),):", "if False:"),
         "one label for all": ("y = torch.cat([torch.zeros_like(batch), labels[known]])", "y = torch.zeros_like(torch.cat([batch, known]))"),
         "labels left on all": ("y = torch.cat([torch.zeros_like(batch), labels[known]])", "y = labels[torch.cat([batch, known])]"),
+        "horses and birds as rare as others": ("1 + 4 * torch.isin(", "1 + 0 * torch.isin("),
+        "birds as rare as others": ('+ 1 for name in ("horse", "bird") if', '+ 1 for name in ("horse",) if'),
+        "rate that rises for ever": (" * min(1, (done * run.steps + 1) / 500)", " * (done * run.steps + 1) / 500"),
+        "rate of the prior fixed": ('"lr": 2.5 * cfg.lr})', '"lr": 1e-3})'),
+        "one mean for all channels": ("prior.mean.copy_(sample.mean(dim=(0, 2, 3))[:, None, None])", "prior.mean.fill_(sample.mean())"),
         "averaged weights not returned": ("return average.module.eval(), run.history", "return prior.eval(), run.history"),
         "averaged weights not exported": ('run.export("prior.safetensors", average.module,', 'run.export("prior.safetensors", prior,'),
         "averaged weights not saved": ('nn.ModuleDict({"prior": prior, "average": average}).to(device)', 'nn.ModuleDict({"prior": prior}).to(device)'),
