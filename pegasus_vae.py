@@ -751,9 +751,8 @@ def learning_rate(cfg, epoch):
 # > Choice: Pillow's bilinear resize, which is what `transforms.Resize(64)` does, after a centre crop if the picture is
 # > not square. Why: Pillow resizes in integers, the same on every machine, so that checksums can recognise a picture.
 #
-# The folded cells find, fetch and read pictures; a broken file is reported and left out, a damaged archive refused.
-# Reading 113,000 files takes half a minute, and no epoch should wait for that: the images are made once into one file
-# of bytes that later starts map into memory; change one picture, and it is made again.
+# The folded cells find, fetch and read pictures; a broken file is reported and left out, a damaged archive refused. The
+# images are made once into one file that later starts map into memory; change one picture, and it is made again.
 
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -1472,8 +1471,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # Above, patches of colour that fit their neighbours, but nothing to name. Below, at no cost, the colours of grounds and
 # skies, and now and then a shape in the middle, where the animal should be: the covariance knows which numbers go
-# together, but a Gaussian has one centre, and horses have many poses. (Means are shorter than draws also because they
-# leave out $\sigma$.) Were all draws alike, the codes would have collapsed; the second line counts what moves.
+# together, but a Gaussian has one centre, and horses have many poses. Were all draws alike, the codes would
+# have collapsed; the second line counts what moves.
 #
 # ## Picking horses and birds
 #
@@ -1537,10 +1536,10 @@ class Choices(BaseModel):
     compositions: dict[int, Composition] = {}  # {horse: how it gets its wings}
 
     def put(self, part, key, value, position=None):
-        """Let a part hold value for key (True in a list; None: nothing), and return the change that undoes that.
+        """Let a part hold value for key, and return the change that undoes that.
 
-        {field: value} changes only these fields of a composition. A key keeps its place in the part; a new one goes to
-        the position, or to the end.
+        value: True in a list, {field: value} for these fields of a composition alone, None for nothing. A key keeps its
+        place in the part; a new one goes to the position, or to the end.
         """
         entries = getattr(self, part)
         values = dict.fromkeys(entries, True) if isinstance(entries, list) else entries
@@ -2232,9 +2231,8 @@ if __name__ == "__main__":
     describe(groups | {"pegasi": pegasi, "pegasi, rescaled": pegasi_rescaled})
 
 # %% [markdown]
-# Picking made the horses whiter, and mixing kept that. Whether the *animal* is white, and not its sky, no
-# such number tells; somebody has to look. Diversity must be compared with that of the drawn parents, since blur alone
-# brings pictures closer together; a batch in which all were alike would show near 0.
+# Picking made the horses whiter, and mixing kept that; whether the *animal* is white or its sky, no number tells. Blur
+# alone brings pictures closer together: compare diversity with that of the drawn parents; near 0 all would be alike.
 #
 # ### Copied, or new?
 #
@@ -2279,8 +2277,7 @@ if __name__ == "__main__":
 # `tests/tools/make_ablations.py` trains them all on the same budget, far below that of the shipped weights: base width
 # 32, two epochs over 20,000 of the photographs. So compare the rows with each other, and not with the figures above.
 # *Numbers* is how many a code has, *above floor* BCE less its floor, *nats* the KL of a whole code, *spread* the
-# standard deviation of the posterior means over the test split. (The variance of codes is its square plus the mean of
-# $\sigma^2$; of the prior it is 1.)
+# standard deviation of the posterior means over the test split.
 
 # %%
 if __name__ == "__main__":
@@ -2308,8 +2305,7 @@ if __name__ == "__main__":
 #
 # ## Beyond the paper: a code with places
 #
-# This chapter spends 1,024 numbers, twice the paper's, on two of the paper's limits: reconstructions are soft, and
-# pegasi are luck, one or two of 64.
+# This chapter spends 1,024 numbers, twice the paper's, on two of its limits: soft reconstructions, pegasi by luck.
 #
 # The encoder's last step is a 4x4 convolution that folds all places into one: whatever was known about *where* must be
 # written into numbers that each describe the whole picture, and the decoder has to unfold them again. Now leave the
@@ -2659,8 +2655,7 @@ if __name__ == "__main__":
 # | composed | 62, 63 | 60, 61 | **58, 60** | 42, 41 | **52, 48** |
 # | picked horses, drawn on the grid | 63, 64 | 0, 0 | 0, 0 | 42, 43 | 0, 0 |
 #
-# They agree on 58 winged and 48 believable ones, and saw no wings in the last row. The same horses recur in all
-# batches, so no judge was wholly blind. The second row is rescaled, the first is not.
+# They agree on 58 winged and 48 believable ones. The same horses recur in all batches: no judge was wholly blind.
 #
 # ### What is generated, and what is copied
 #
@@ -3183,7 +3178,6 @@ if __name__ == "__main__":
 #
 # 1. Use `horse_weight` 0.5 for dark-winged and 0.7 for other birds, by two calls of `make_pegasus`. Which profit?
 # 2. Encode each bird also mirrored (`images.flip(3)`) and take, for each pair, the version nearer to the horse's code.
-#    How does the count of convincing pegasi change?
 # 3. Add two or three rows to the table of small trainings, in `tests/tools/make_ablations.py`: another batch size, say,
 #    or learning rate, or a grid with more numbers. What do you expect of PSNR, rate and draws before you look?
 # 4. Train with `--blocks-per-stage 2` and a new run name for as long as you can wait, and compare PSNR at equal *time*

@@ -26,7 +26,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
 SLOWDOWN = float(os.environ.get("BROWSER_SLOWDOWN", 1))
-QUIET = ["--ServerApp.port_retries=0", "--IdentityProvider.token=pegasus"]
+SERVER = ["--no-browser", "--allow-root", "--ServerApp.port_retries=0", "--IdentityProvider.token=pegasus"]
+SERVER += ["--ServerApp.tornado_settings={'ws_ping_interval': 0}"]  # else a page that is too slow to answer is cut off
 opened = []  # notebooks: what their pages show is said where a condition does not come true
 
 
@@ -68,8 +69,7 @@ class Jupyter:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         own = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
-        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", *QUIET]
-        command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}"]
+        command = [sys.executable, "-m", "jupyterlab", *SERVER, "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}"]
         self.log = open(folder / "server.log", "w")
         environment = os.environ | own | settings | {"PYTHONPATH": ""}
         self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=self.log, stderr=self.log)
