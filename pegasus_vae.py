@@ -3002,7 +3002,7 @@ if __name__ == "__main__":
     rows |= {f"horse, g = {g}": draw_codes(prior, 12, "horse", guidance=g, seed=1) for g in (1, 4, 7)}
     rows["bird, g = 4"] = draw_codes(prior, 12, "bird", seed=1)
     rows = {name: decode_images(spatial_vae, z) for name, z in rows.items()}
-    alt = "Six rows of twelve drawn pictures: a quilt, fog, then brown bodies on meadows; last, blots among leaves"
+    alt = "Six rows of twelve drawn pictures: a quilt, fog, then brown bodies on meadows; last, birds on branches"
     show_rows(cfg.output_dir / "flow_draws.png", rows, "Draws from the prior that knows pictures", alt)
     drawn = [decode_images(spatial_vae, draw_codes(prior, 3, name)) for name in prior.classes]
     rows = {f"draw {i + 1}": torch.stack([pictures[i] for pictures in drawn]) for i in range(3)}
@@ -3011,7 +3011,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Without guidance, a ground, a sky, and something dark between; guidance pulls brown bodies on legs out of that, some
-# with neck and head. Airplanes, cars and ships can be named, birds now and then, and draws of one class grow alike. Two
+# with neck and head. Cars, ships and most birds can be named, too, and draws of one class grow alike. Two
 # judges called 9 and 13 of 64 draws at $g = 4$ horses, both the same 7; before the last run, another called 1. What
 # fails has no head, or one at both ends. The prior is small, and saw 500 horses in five hours of one core.
 #
