@@ -111,7 +111,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -134,15 +134,18 @@ class ReaderError(Exception):
         return [f"error: {self}"]
 
 
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]  # ~ is home, wherever it is written
+
+
 class Config(BaseSettings):
     """All settings. Raises pydantic.ValidationError for a value out of range and an unknown PEGASUS_ variable."""
 
     model_config = SettingsConfigDict(env_prefix="PEGASUS_", cli_kebab_case=True, extra="forbid", frozen=True)
 
     mode: Literal["demo", "smoke", "paper"] = Field("demo", description="shipped weights; tiny, for tests; train anew")
-    data_dir: Path = Field(Path("data"), description="folder with STL-10, or with train/, unlabeled/ and test/")
-    output_dir: Path = Field(Path("outputs"), description="where figures, your choices and the image cache go")
-    checkpoint_dir: Path = Field(Path("checkpoints"), description="what ships; training runs go to runs/ below it")
+    data_dir: Folder = Field(Path("data"), description="folder with STL-10, or with train/, unlabeled/ and test/")
+    output_dir: Folder = Field(Path("outputs"), description="where figures, your choices and the image cache go")
+    checkpoint_dir: Folder = Field(Path("checkpoints"), description="what ships; training runs go to runs/ below it")
     run_name: str = Field("paper", pattern=r"^[\w-]+$", description="name of a training run, its folder below runs/")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:1")
     seed: int = Field(0, ge=0, lt=2**31, description="drives initial weights, order of the images and all noise")
@@ -2147,28 +2150,29 @@ def save_large(path, image):
     save_image(F.interpolate(image[None], scale_factor=4, mode="bicubic").clamp(0, 1), path)
 
 
-def best_first(picks, batch):
+def best_first(picks, pegasi):
     """Positions in the batch: the picked best ones, the latest first, then the whitest."""
-    return list(dict.fromkeys([*picks["best"][::-1], *whitest_first(batch)]))
+    return list(dict.fromkeys([*picks["best"][::-1], *whitest_first(pegasi)]))
+
+
+def save_best(path, picks, pegasi):
+    """Write the best of the pegasi (N, 3, H, W) in [0, 1], four times enlarged."""
+    save_large(path, pegasi[best_first(picks, pegasi)[0]])
 
 
 if __name__ == "__main__":
     batch = (pegasi * 255).round().byte()
     orders = {"as in the batch": range(len(batch)), "whitest first": whitest_first(batch)}
     best_picker = ImagePicker(batch.__getitem__, picks, "best", orders, per_page=64)
-
-    def save_best():
-        save_large(cfg.output_dir / "best.png", pegasi[best_first(picks, batch)[0]])
-
-    picks.listeners["best.png"] = lambda: best_picker.attempt(save_best)
+    picks.listeners["best.png"] = partial(best_picker.attempt, save_best, cfg.output_dir / "best.png", picks, pegasi)
     if in_notebook:
         display(best_picker)
 
 # %%
 if __name__ == "__main__":
     chosen = f"{picks.origin} choices" if picks["best"] else "the whitest, since nobody has picked any yet"
-    three = best_first(picks, batch)[:3]
-    save_best()
+    three = best_first(picks, pegasi)[:3]
+    save_best(cfg.output_dir / "best.png", picks, pegasi)
     print(f"best pegasi: {', '.join(map(str, three))} ({chosen}); number {three[0]} is best.png")
     rows = {}
     for position in three:
@@ -2927,8 +2931,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # A network that says 0 has the loss 2, the variances of noise and codes together; since lines cross, none reaches 0.
-# Held-out codes probably have the smaller loss since all have a class. What ships learned in three runs, of 3, 5 and 5
-# epochs, each begun anew with the weights of the one before; only in the last were horses and birds so frequent.
+# What ships learned in three runs, of 3, 5 and 5 epochs, each begun with the last one's weights.
 #
 # ### Draws
 #
@@ -3012,9 +3015,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Without guidance, a ground, a sky, and something dark between; guidance pulls brown bodies on legs out of that, some
-# with neck and head. Cars, ships and most birds can be named, too, and draws of one class grow alike. Two judges called
-# 9 and 13 of 64 draws at $g = 4$ horses, both the same 7; before the last run, another called 1 of 64 so. What fails
-# has no head, or one at both ends. The prior is small, and saw 500 horses in five hours of one core.
+# with neck and head. Cars, ships and most birds can be named, too. Two judges called 9 and 13 of 64 draws at $g = 4$
+# horses, both the same 7. The others have no head, or one at both ends. The prior is small, and saw 500 horses.
 #
 # ### Mending
 #
@@ -3105,9 +3107,8 @@ if __name__ == "__main__":
     contact_sheet(cfg.output_dir / "pegasus_machine.png", machine, "Arranged by a machine", alt, columns=8)
 
 # %% [markdown]
-# Before, chance proposed birds and places, and judges called 11 and 10 of the best 64 winged: how a wing sits on a back
-# no photograph shows. Compositions show it: of the 64 above the two judges called 35 and 40 winged, 15 and 16
-# believable. By an earlier prior half of the winged were due to the score (see the card); it also likes sameness.
+# The two judges called 35 and 40 of them winged, 15 and 16 believable; of the best that chance had arranged, 11 and 10
+# winged, for how a wing sits on a back no photograph shows. The score also likes sameness.
 #
 # ### Does the prior copy?
 #
@@ -3134,8 +3135,7 @@ if __name__ == "__main__":
 # The classifier calls 60 % of test photographs by their class, but 94 % of reconstructed training pictures, which it
 # knows by heart, and of which Gaussians and flow are made. Guidance 2 is a fair price: 83 % are called right, at a
 # Frechet distance (of 500 pictures) near that without guidance; at $g = 4$ it is more than twice as large, at $g = 7$
-# nearly that of $\mathcal N(0, I)$: gaudy and alike. Four steps do nearly as well as sixteen. Beware of one's own
-# score: at $g = 4$ it calls all drawn horses horses, the judges a sixth of them.
+# nearly that of $\mathcal N(0, I)$: gaudy and alike. Beware of one's own score: it calls all draws at $g = 4$ horses.
 #
 # None of the eight draws looks like a copy (distances: `checkpoints/README.md`). The pegasi are still copied from two
 # parents: mending moves a picture by an rms of 0.03, and the horse without its wing is 0.11 away. Far more training

@@ -122,6 +122,13 @@ def test_a_field_is_set_by_its_variable_and_by_its_flag_and_the_flag_wins(pv, cl
     assert getattr(pv.read_config(["--" + field.replace("_", "-"), default]), field) == DEFAULTS[field]
 
 
+@pytest.mark.parametrize("field", ["data_dir", "output_dir", "checkpoint_dir"])
+def test_a_tilde_is_the_home_folder_also_where_no_shell_replaces_it(pv, clean, tmp_path, field):
+    clean.setenv("HOME", str(tmp_path))
+    clean.setenv(f"PEGASUS_{field.upper()}", "~/there")
+    assert getattr(pv.read_config(), field) == tmp_path / "there"
+
+
 REFUSED = {
     "too small": (["--epochs", "0"], "epochs", "1"),
     "too large": (["--horse-weight", "1.5"], "horse_weight", "1"),

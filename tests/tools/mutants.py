@@ -133,6 +133,7 @@ FAULTS = {
         "mirror images are not compared with": ("for x in (part, part.flip(3)))", "for x in (part, part))"),
     },
     "config": {
+        "tilde taken for a name": ("AfterValidator(Path.expanduser)", "AfterValidator(Path)"),
         "all processes on one GPU": ('int(os.environ.get("LOCAL_RANK", 0))', "0"),
         "any GPU under torchrun": ('if "LOCAL_RANK" in os.environ and', "if False and"),
         "refusals with a traceback": ("def _render_traceback_(self)", "def _render_trace_(self)"),
