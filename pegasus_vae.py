@@ -2926,8 +2926,8 @@ if __name__ == "__main__":
         check_finished(cfg, prior_history)
     prior.to(device)
     print(f"{sum(p.numel() for p in prior.parameters()):,} parameters")
-    for record in prior_history:
-        print("after epoch {epoch:.0f}: loss {loss:.3f}, held out {test_loss:.3f}".format(**record))
+    for name, title in (("loss", "training"), ("test_loss", "held out")):
+        print(f"{title}, after each epoch:", *(f"{record[name]:.3f}" for record in prior_history))
 
 # %% [markdown]
 # A network that says 0 has the loss 2, the variances of noise and codes together; since lines cross, none reaches 0.
