@@ -2992,7 +2992,7 @@ def mend_codes(prior, z, strength, class_name=None, cells=None, seed=0, guidance
 
 # %%
 def draw_codes(prior, count, class_name=None, guidance=4, seed=0, steps=16):
-    """Draw codes (count, latent_dim) of a class, or of any: a mending of strength 1 leaves nothing of the code it is given.
+    """Draw codes (count, latent_dim) of a class, or of any: a mending of strength 1, which forgets what it mends.
 
     guidance: 1 draws as learned, more overstates the class. Raises ReaderError for an unknown class.
     """
@@ -3135,7 +3135,7 @@ if __name__ == "__main__":
 # The classifier calls 60 % of test photographs by their class, but 94 % of reconstructed training pictures, which it
 # knows by heart, and of which Gaussians and flow are made. Guidance 2 is a fair price: 84 % are called right, at a
 # Frechet distance (of 500 pictures) near that without guidance; at $g = 4$ it is more than twice as large, at $g = 7$
-# nearly that of $\mathcal N(0, I)$: gaudy and alike. Beware of one's own score: it calls all draws at $g = 4$ horses.
+# nearly that of $\mathcal N(0, I)$: gaudy and alike. Beware of one's own score: by it, all horses at $g = 4$ are.
 #
 # None of the eight draws looks like a copy (distances: `checkpoints/README.md`). The pegasi are still copied from two
 # parents: mending moves a picture by an rms of 0.03, and the horse without its wing is 0.11 away. Far more labelled
