@@ -3014,7 +3014,7 @@ if __name__ == "__main__":
     show_rows(cfg.output_dir / "flow_classes.png", rows, "Three draws of each class, g = 4", alt, prior.classes)
 
 # %% [markdown]
-# Without guidance a ground, a sky, something dark between; guidance makes that brown bodies on legs, many with neck and
+# Without guidance a ground, a sky, something dark between; guidance makes that brown bodies on legs, some with neck and
 # head. Birds, cars and ships can be named, too. Two judges called 12 and 13 of 64 draws at $g = 4$ horses, both the same
 # 11; of 64 reconstructed test horses, heads and herds among them, 29 and 28. What fails has merged, or lacks a head.
 #
@@ -3107,8 +3107,8 @@ if __name__ == "__main__":
     contact_sheet(cfg.output_dir / "pegasus_machine.png", machine, "Arranged by a machine", alt, columns=8)
 
 # %% [markdown]
-# The two judges called 39 and 41 of them winged, 20 and 23 believable; of the best that chance had arranged, 11 and 10
-# winged, for how a wing sits on a back no photograph shows. The score also likes sameness.
+# The two judges called 39 and 41 of them winged, 20 and 23 believable. Of the best that chance arranged others called
+# 11 and 10 winged, presumably since how a wing sits on a back no photograph shows. The score also likes sameness.
 #
 # ### Does the prior copy?
 #
